@@ -1,0 +1,118 @@
+"""GLIP-T on Med-GLIP style records: the full-size recipe, and the base that the other recipes change.
+
+Defaults are the original's (Microsoft GLIP, glip_Swin_T_O365_GoldG.yaml) unless a comment says otherwise.
+Not trained here: it is a pod-scale recipe. `configs/demo.py` and `configs/bccd.py` are the ones measured on a CPU.
+
+    python -m medglip_jax.train --config configs/medglip_t.py --workdir DIR \
+        --config.data.train=RECORDS:train --config.data.eval=RECORDS:validation
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0  # of parameters, dropout, data order and augmentation
+
+    config.data = ConfigDict()
+    config.data.train = ""  # records to train on: DIR, or DIR:SPLIT where DIR holds several splits
+    config.data.eval = ""  # records to evaluate on; "" trains without evaluation
+    config.data.batch_size = 64  # images in a global batch
+    config.data.eval_batch_size = 64  # images in a global evaluation batch
+    config.data.canvas = (800, 1344)  # height, width in pixels: every image is resized into it and padded right and below
+    config.data.scale_range = (0.6, 1.0)  # training size relative to the canvas (480 to 800 of the original's short side)
+    config.data.flip_probability = 0.5  # horizontal flips; left and right are swapped in the phrases too
+    config.data.max_boxes = 128  # boxes an image; more are an error in the loader's count, never a silent loss
+    config.data.tokenizer = ""  # folder or hub name of a fast tokenizer; "" is the bundled medical WordPiece
+    config.data.max_tokens = 256  # tokens of a prompt
+    config.data.max_negatives = 85  # absent phrases sampled into a training prompt
+    config.data.full_negatives_probability = 0.5  # how often all max_negatives are taken; otherwise a random number
+    config.data.caption_probability = 0.5  # how often an example's own sentence is the prompt, where it has one
+    config.data.num_threads = 4  # decode threads of a process
+    config.data.num_workers = 0  # decode processes of a process; 0 decodes in threads
+    config.data.prefetch = 16  # examples decoded ahead
+
+    config.model = ConfigDict()
+    config.model.dtype = "float32"  # compute type: float32 or bfloat16 (parameters and reductions stay float32)
+    config.model.remat = "none"  # rematerialisation: none, or blocks (each Swin block and tower block)
+    config.model.swin = ConfigDict()
+    config.model.swin.embed_dim = 96  # channels of stage 1
+    config.model.swin.depths = (2, 2, 6, 2)  # blocks of each stage
+    config.model.swin.num_heads = (3, 6, 12, 24)  # attention heads of each stage
+    config.model.swin.window = 7  # window side in tokens
+    config.model.swin.mlp_ratio = 4  # hidden width of the MLP over its width
+    config.model.swin.drop_path = 0.2  # stochastic depth of the last block, rising linearly from 0
+    config.model.fpn = ConfigDict()
+    config.model.fpn.channels = 256  # channels of every pyramid level and of the tower
+    config.model.fpn.drop_block = 0.3  # training-only DropBlock on P3 and P4, block 3
+    config.model.bert = ConfigDict()
+    config.model.bert.vocab_size = 30522  # rows of the embedding table, at least the tokenizer's size
+    config.model.bert.hidden_size = 768  # width
+    config.model.bert.num_layers = 12  # layers
+    config.model.bert.num_heads = 12  # attention heads
+    config.model.bert.intermediate_size = 3072  # hidden width of the MLP
+    config.model.bert.max_positions = 512  # rows of the position table
+    config.model.bert.dropout = 0.1  # dropout in training, in the tower's text layers too
+    config.model.tower = ConfigDict()
+    config.model.tower.num_blocks = 6  # blocks of fusion, text layer and dynamic convolution
+    config.model.tower.fusion_dim = 2048  # joint width of the image-text attention
+    config.model.tower.fusion_heads = 8  # its heads
+    config.model.tower.fusion_dropout = 0.1  # dropout on its attention weights
+    config.model.tower.norm_groups = 16  # groups of the GroupNorm in dynamic convolutions
+    config.model.tower.legacy_offsets = True  # read mismatched offset maps as released weights do (microsoft/GLIP#62)
+    config.model.prior_probability = 0.01  # initial token probability, bias0 = -log((1 - p) / p)
+
+    config.detection = ConfigDict()
+    config.detection.strides = (8, 16, 32, 64, 128)  # pixels between anchors of each level
+    config.detection.anchor_scale = 8.0  # anchor side over stride
+    config.detection.atss_topk = 9  # candidates of a box on each level
+    config.detection.focal_alpha = 0.25  # focal loss
+    config.detection.focal_gamma = 2.0  # focal loss
+    config.detection.token_loss_weight = 1.0  # focal loss on tokens
+    config.detection.box_loss_weight = 2.0  # GIoU loss
+    config.detection.centerness_loss_weight = 1.0  # centerness loss
+    config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
+    config.detection.pre_nms = 1000  # best (anchor, phrase) pairs kept of each level
+    config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes
+    config.detection.max_detections = 100  # boxes of an image and prompt
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 1e-4  # peak, AdamW
+    config.optimizer.text_scale = 0.1  # rate of the text encoder over the rate
+    config.optimizer.bias_scale = 2.0  # rate of every parameter with 'bias' in its exported name over the rate; these do not decay
+    config.optimizer.weight_decay = 1e-4  # decoupled, scaled by the rate
+    config.optimizer.b1 = 0.9  # AdamW
+    config.optimizer.b2 = 0.999  # AdamW
+    config.optimizer.eps = 1e-8  # AdamW
+    config.optimizer.clip_norm = 1.0  # global gradient norm
+    config.optimizer.ema = 0.999  # decay of the parameter average, warmed up; 0 keeps none
+
+    config.schedule = ConfigDict()
+    config.schedule.steps = 1_000_000  # optimizer steps of the run
+    config.schedule.kind = "step"  # step (times step_factor at step_points) or cosine (to 0)
+    config.schedule.warmup_steps = 2000  # linear from warmup_factor of the rate
+    config.schedule.warmup_factor = 0.001  # see warmup_steps
+    config.schedule.step_points = (0.67, 0.89)  # fractions of the run
+    config.schedule.step_factor = 0.1  # see step_points
+
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # batch axis; one axis may be -1: all remaining devices
+    config.mesh.fsdp = 1  # batch axis that also shards parameters
+    config.mesh.tensor = 1  # shards heads and hidden widths
+    # First pattern (re.search on the parameter's path) wins; the spec names a mesh axis, or None, for each dimension.
+    config.sharding_rules = (
+        (r"(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel", ("fsdp", "tensor")),
+        (r"(attention_output|proj|output|fc2|out_v_proj|out_l_proj)/kernel", ("tensor", "fsdp")),
+        (r"word_embeddings/embedding", ("tensor", "fsdp")),
+        (r".*", ()),
+    )
+
+    config.training = ConfigDict()
+    config.training.log_every = 50  # steps between metrics
+    config.training.checkpoint_every = 5000  # steps between checkpoints; the last step is always saved
+    config.training.keep_checkpoints = 3  # newest ones kept
+    config.training.eval_every = 0  # steps between evaluations on data.eval; 0 evaluates at the end only
+
+    config.evaluation = ConfigDict()
+    config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
+    return config

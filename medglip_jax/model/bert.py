@@ -1,0 +1,85 @@
+"""BERT (arXiv 1810.04805): the text encoder, and the layer of it that stands in each block of the tower."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from medglip_jax.model.layers import gelu, layer_norm, torch_bias_init, torch_kernel_init
+
+Array = jax.Array
+
+_EPSILON = 1e-12
+_LIMIT = 50000.0  # GLIP clamps the tower's text layers to stay finite in half precision
+_init = nn.initializers.normal(0.02)
+
+
+class BertLayer(nn.Module):
+    """Self-attention and an MLP, each followed by a norm of the sum with its input.
+
+    Attributes:
+        config: `config.model.bert`.
+        in_tower: PyTorch's default initialisation and clamped activations, as in GLIP's tower.
+    """
+
+    config: ConfigDict
+    dtype: jnp.dtype
+    in_tower: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array, train: bool) -> Array:  # [B, L, D], bool[B, L] -> [B, L, D]
+        config = self.config
+        dropout = nn.Dropout(config.dropout, deterministic=not train)
+        head_size = config.hidden_size // config.num_heads
+
+        def dense(name: str, features: int, fan_in: int) -> nn.Dense:
+            kernel_init = torch_kernel_init if self.in_tower else _init
+            bias_init = torch_bias_init(fan_in) if self.in_tower else nn.initializers.zeros
+            return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name=name)
+
+        def clamp(y: Array) -> Array:
+            return jnp.clip(y, -_LIMIT, _LIMIT) if self.in_tower else y
+
+        def heads(name: str) -> Array:
+            return dense(name, config.hidden_size, config.hidden_size)(x).reshape(*x.shape[:2], -1, head_size)
+
+        logits = jnp.einsum("bqhd,bkhd->bhqk", heads("query"), heads("key")) * head_size**-0.5
+        logits = clamp(logits.astype(jnp.promote_types(self.dtype, jnp.float32)))
+        logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(logits.dtype).min)
+        weights = dropout(nn.softmax(logits).astype(self.dtype))
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights, heads("value")).reshape(x.shape)
+        y = dropout(dense("attention_output", config.hidden_size, config.hidden_size)(y))
+        x = layer_norm("attention_norm", _EPSILON, self.dtype)(x + y)
+
+        y = clamp(gelu(clamp(dense("intermediate", config.intermediate_size, config.hidden_size)(x))))
+        y = clamp(dropout(dense("output", config.hidden_size, config.intermediate_size)(y)))
+        return clamp(layer_norm("output_norm", _EPSILON, self.dtype)(x + y))
+
+
+class Bert(nn.Module):
+    """The text encoder: hidden states of the last layer, padding included."""
+
+    config: ConfigDict
+    dtype: jnp.dtype
+    remat: bool
+
+    @nn.compact
+    def __call__(self, input_ids: Array, mask: Array, train: bool) -> Array:  # int32[B, L], bool[B, L] -> [B, L, D]
+        config = self.config
+        if input_ids.shape[1] > config.max_positions:
+            raise ValueError(
+                f"prompt of {input_ids.shape[1]} tokens, but config.model.bert.max_positions is {config.max_positions}"
+            )
+
+        def table(name: str, rows: int) -> nn.Embed:
+            return nn.Embed(rows, config.hidden_size, embedding_init=_init, dtype=self.dtype, name=name)
+
+        x = table("word_embeddings", config.vocab_size)(input_ids)
+        x += table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1]))
+        x += table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32))
+        x = layer_norm("embeddings_norm", _EPSILON, self.dtype)(x)
+        x = nn.Dropout(config.dropout, deterministic=not train)(x)
+        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
+        for i in range(config.num_layers):
+            x = layer(config, self.dtype, name=f"layer_{i}")(x, mask, train)
+        return x

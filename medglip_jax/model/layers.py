@@ -1,0 +1,53 @@
+"""Small pieces that several parts of the model share: initialisers, drop path, and the layers with their defaults."""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# PyTorch's default for the weights of Linear and Conv: uniform within 1 / sqrt(fan_in).
+torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def torch_bias_init(fan_in: int) -> Callable[..., Array]:
+    """PyTorch's default for the biases of Linear and Conv: uniform within 1 / sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
+    """LayerNorm over the last axis with the two-pass variance that PyTorch computes."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def group_norm(name: str, groups: int, dtype: jnp.dtype) -> nn.GroupNorm:
+    """GroupNorm over height, width and the channels of a group, epsilon 1e-5."""
+    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def gelu(x: Array) -> Array:
+    """The exact GELU, x * Phi(x)."""
+    return nn.gelu(x, approximate=False)
+
+
+def hard_sigmoid(x: Array) -> Array:
+    """relu6(x + 3) / 6."""
+    return jnp.clip(x + 3, 0, 6) / 6
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole residual of an example with probability `rate`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if not train or self.rate == 0.0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
+        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
