@@ -1,0 +1,33 @@
+# make demo [DATA=folder]   from nothing to a trained, evaluated, drawn and exported model
+# make test                 every test
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?=
+WORKDIR ?= demo_run
+bin := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(bin)/python -m medglip_jax.demo --workdir $(WORKDIR) $(if $(DATA),--data "$(DATA)")
+
+test: $(VENV)/.installed-dev
+	$(bin)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/pyright
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else "medglip_jax needs Python 3.11 to 3.13: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(WORKDIR) .cache
