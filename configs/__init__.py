@@ -1,0 +1,1 @@
+"""Recipes: one `get_config()` a file."""

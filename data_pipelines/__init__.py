@@ -1,0 +1,1 @@
+"""From annotated medical images to batches: sources, records, prompts, loader. NumPy only; it never imports jax."""

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import group_norm, hard_sigmoid, torch_bias_init, torch_kernel_init
-from medglip_jax.ops.deform_conv import deform_conv
+from medglip_jax.model.layers import hard_sigmoid, torch_bias_init, torch_kernel_init
+from medglip_jax.ops.deform_conv import Reading, deform_convs
 
 Array = jax.Array
 
@@ -35,18 +35,20 @@ def crop_as_flat_buffer(maps: Array, height: int, width: int) -> Array:
 
 
 class DeformConvNorm(nn.Module):
-    """A modulated deformable 3 x 3 convolution with bias, then GroupNorm."""
+    """What a deformable convolution owns: its kernel and bias, and the GroupNorm after it."""
 
     features: int
     groups: int
     dtype: jnp.dtype
 
-    @nn.compact
-    def __call__(self, x: Array, offsets: Array, mask: Array, stride: int = 1) -> Array:
-        kernel = self.param("kernel", torch_kernel_init, (3, 3, x.shape[-1], self.features)).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        y = deform_conv(x, offsets, mask, kernel, stride) + bias
-        return group_norm("norm", self.groups, self.dtype)(y)
+    def setup(self) -> None:
+        shape = (3, 3, self.features, self.features)
+        self.kernel = self.param("kernel", torch_kernel_init, shape)
+        self.bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        self.norm = nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
+
+    def __call__(self, convolved: Array) -> Array:  # [B, h, w, C] -> the same
+        return self.norm(convolved + self.bias.astype(self.dtype))
 
 
 class DynamicReLU(nn.Module):
@@ -84,10 +86,10 @@ class DyConv(nn.Module):
     def __call__(self, levels: tuple[Array, ...]) -> tuple[Array, ...]:
         channels = levels[0].shape[-1]
         fan_in = 9 * channels
-        coarser, same, finer = (
-            DeformConvNorm(channels, self.config.norm_groups, self.dtype, name=name)
+        convs = {
+            name: DeformConvNorm(channels, self.config.norm_groups, self.dtype, name=name)
             for name in ("coarser", "same", "finer")
-        )
+        }
         offset_conv = nn.Conv(
             27,
             (3, 3),
@@ -102,21 +104,27 @@ class DyConv(nn.Module):
         # Positions on a map of a hundred pixels and more need more than bfloat16's eight bits.
         position_dtype = jnp.promote_types(self.dtype, jnp.float32)
 
-        outputs = []
+        readings: dict[str, list[Reading]] = {"coarser": [], "same": [], "finer": []}
         for i, x in enumerate(levels):
             maps = offset_conv(x).astype(position_dtype)
             offsets, mask = maps[..., :18], nn.sigmoid(maps[..., 18:])
-            inputs = [same(x, offsets, mask.astype(self.dtype))]
+            readings["same"].append(Reading(i, offsets, mask.astype(self.dtype)))
             if i > 0:
-                inputs.append(finer(levels[i - 1], offsets, mask.astype(self.dtype), stride=2))
+                readings["finer"].append(Reading(i - 1, offsets, mask.astype(self.dtype), stride=2))
             if i + 1 < len(levels):
-                h, w = levels[i + 1].shape[1:3]
-                if self.config.legacy_offsets:
-                    offsets, mask = crop_as_flat_buffer(offsets, h, w), crop_as_flat_buffer(mask, h, w)
-                else:
-                    offsets, mask = resize_align_corners(offsets, h, w), resize_align_corners(mask, h, w)
-                y = coarser(levels[i + 1], offsets, mask.astype(self.dtype))
-                inputs.append(resize_align_corners(y, *x.shape[1:3]))
+                size = levels[i + 1].shape[1:3]
+                fit = crop_as_flat_buffer if self.config.legacy_offsets else resize_align_corners
+                readings["coarser"].append(Reading(i + 1, fit(offsets, *size), fit(mask, *size).astype(self.dtype)))
+        groups = [(convs[name].kernel.astype(self.dtype), readings[name]) for name in convs]
+        convolved = dict(zip(convs, deform_convs(levels, groups), strict=True))
+
+        outputs = []
+        for i, x in enumerate(levels):
+            inputs = [convs["same"](convolved["same"][i])]
+            if i > 0:
+                inputs.append(convs["finer"](convolved["finer"][i - 1]))
+            if i + 1 < len(levels):
+                inputs.append(resize_align_corners(convs["coarser"](convolved["coarser"][i]), *x.shape[1:3]))
             weighted = [y * hard_sigmoid(nn.relu(attention(y.mean(axis=(1, 2)))))[:, None, None] for y in inputs]
-            outputs.append(activation(sum(weighted) / len(weighted)))
+            outputs.append(activation(sum(weighted[1:], weighted[0]) / len(weighted)))
         return tuple(outputs)

@@ -24,11 +24,6 @@ def layer_norm(name: str, epsilon: float, dtype: jnp.dtype) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def group_norm(name: str, groups: int, dtype: jnp.dtype) -> nn.GroupNorm:
-    """GroupNorm over height, width and the channels of a group, epsilon 1e-5."""
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
-
-
 def gelu(x: Array) -> Array:
     """The exact GELU, x * Phi(x)."""
     return nn.gelu(x, approximate=False)

@@ -118,7 +118,7 @@ class SwinBlock(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Halves the map and doubles the channels. The four neighbours vary fastest within a channel (mmdetection's order)."""
+    """Halves the map and doubles the channels; the four neighbours vary fastest (mmdetection's order)."""
 
     dtype: jnp.dtype
 

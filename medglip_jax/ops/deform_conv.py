@@ -1,106 +1,136 @@
-"""Modulated deformable convolution (DCNv2, arXiv 1811.11168) of 3 x 3, NHWC."""
+"""Modulated deformable convolutions (DCNv2, arXiv 1811.11168) of 3 x 3 over the levels of a feature pyramid, NHWC."""
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
+_FRAME = 2  # rows and columns of zeros around a level: a 2 x 2 read that touches it, or just misses it, stays inside
 
-def sampling_positions(offsets: Array, height: int, width: int, stride: int) -> Array:
-    """Where each of the nine taps of each output pixel reads the input.
+
+class Reading(NamedTuple):
+    """One convolution of one level.
+
+    Attributes:
+        level: index of the level that is read, [B, H, W, C].
+        offsets: float[B, h, w, 18], (y, x) by which each tap moves, in pixels of that level; taps in row-major order.
+        mask: [B, h, w, 9], the weight of each tap.
+        stride: pixels of the level between pixels of the output; the padding is 1.
+    """
+
+    level: int
+    offsets: Array
+    mask: Array
+    stride: int = 1
+
+
+def sampling_positions(offsets: Array, stride: int) -> Array:
+    """Where the taps of each output pixel read: float[B, h, w, 9, 2], (y, x), from offsets [B, h, w, 18]."""
+    b, h, w, _ = offsets.shape
+    taps = np.stack(np.divmod(np.arange(9), 3), axis=-1) - 1  # [9, 2]
+    centres = np.stack(np.meshgrid(np.arange(h) * stride, np.arange(w) * stride, indexing="ij"), axis=-1)  # [h, w, 2]
+    return (centres[:, :, None] + taps).astype(offsets.dtype) + offsets.reshape(b, h, w, 9, 2)
+
+
+def deform_convs(levels: Sequence[Array], groups: Sequence[tuple[Array, Sequence[Reading]]]) -> list[list[Array]]:
+    """Deformable convolutions of a pyramid, all of them in one loop over the nine taps.
+
+    The levels lie in one buffer, so that a tap is one gather for every reading together, and one matrix product for
+    each kernel. Each tap is recomputed in the backward pass: the temporaries are those of a single tap. Compared with
+    a loop for every reading, a train step compiles four times faster on a CPU (13 loops of a tower block become one).
 
     Args:
-        offsets: float[B, height, width, 18], (y, x) of each tap in input pixels, taps in row-major order.
-        height, width: of the output.
-        stride: of the convolution; its padding is 1.
+        levels: maps [B, H, W, C] of one C and dtype.
+        groups: pairs of a kernel [3, 3, C, D] and the readings that it serves.
 
     Returns:
-        float[B, height, width, 9, 2], (y, x) in input pixels.
+        For each group, for each reading, [B, h, w, D], without bias.
     """
-    ky, kx = jnp.meshgrid(jnp.arange(3), jnp.arange(3), indexing="ij")
-    taps = jnp.stack([ky.ravel(), kx.ravel()], axis=-1) - 1  # [9, 2]
-    y, x = jnp.meshgrid(jnp.arange(height) * stride, jnp.arange(width) * stride, indexing="ij")
-    centres = jnp.stack([y, x], axis=-1)[:, :, None]  # [h, w, 1, 2]
-    return (centres + taps).astype(offsets.dtype) + offsets.reshape(*offsets.shape[:3], 9, 2)
+    batch, channels = levels[0].shape[0], levels[0].shape[-1]
+    frame = ((0, 0), (_FRAME, _FRAME), (_FRAME, _FRAME), (0, 0))
+    buffer = jnp.concatenate([jnp.pad(x, frame).reshape(batch, -1, channels) for x in levels], axis=1)  # [B, T, C]
+    lengths = [(x.shape[1] + 2 * _FRAME) * (x.shape[2] + 2 * _FRAME) for x in levels]
+    starts = np.cumsum([0, *lengths])
+
+    corners, rows, fractions, masks = [], [], [], []
+    for _, readings in groups:
+        for reading in readings:
+            height, width = levels[reading.level].shape[1:3]
+            positions = sampling_positions(reading.offsets, reading.stride).reshape(batch, -1, 9, 2)  # [B, p, 9, 2]
+            # Further out everything is zero; the frame is reached half a pixel earlier than its last full patch.
+            positions = jnp.clip(positions, -1.5, jnp.asarray([height + 0.5, width + 0.5], positions.dtype))
+            corner = jnp.floor(positions)
+            row, column = jnp.moveaxis(corner.astype(jnp.int32) + _FRAME, -1, 0)
+            row_length = width + 2 * _FRAME
+            corners.append(int(starts[reading.level]) + row * row_length + column)
+            rows.append(np.full((positions.shape[1], 1), row_length, np.int32))
+            fractions.append((positions - corner).astype(buffer.dtype))
+            masks.append(reading.mask.reshape(batch, -1, 9))
+
+    def by_tap(parts: list[Array]) -> Array:  # [B, p, 9, ...] of all readings -> [9, B, P, ...]
+        return jnp.moveaxis(jnp.concatenate(parts, axis=1), 2, 0)
+
+    corner = by_tap(corners)
+    next_row = jnp.asarray(np.concatenate(rows)[:, 0])  # [P]
+    kernels = [kernel.reshape(9, channels, -1) for kernel, _ in groups]
+    sizes = [sum(reading.offsets.shape[1] * reading.offsets.shape[2] for reading in readings) for _, readings in groups]
+    group_ends = np.cumsum(sizes)[:-1]
+
+    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,))
+
+    def read_pairs(pixels: Array, index: Array) -> Array:  # [T, C], int32[P] -> [P, 2, C], neighbours in a row
+        return jax.lax.gather(pixels, index[:, None], dimensions, (2, channels), mode="promise_in_bounds")
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tap(totals: list[Array], inputs: tuple[Array, Array, Array, list[Array]]) -> tuple[list[Array], None]:
+        index, fraction, weight, matrices = inputs  # [B, P], [B, P, 2], [B, P], each [C, D]
+        pairs = jax.vmap(read_pairs)(buffer, jnp.concatenate([index, index + next_row], axis=1))
+        top, bottom = jnp.split(pairs, 2, axis=1)  # [B, P, 2, C]
+        fy, fx = fraction[..., None, :1], fraction[..., 1:]
+        pair = top * (1 - fy) + bottom * fy
+        value = (pair[:, :, 0] * (1 - fx) + pair[:, :, 1] * fx) * weight[..., None]  # [B, P, C]
+        parts = jnp.split(value, group_ends, axis=1)
+        return [total + part @ matrix for total, part, matrix in zip(totals, parts, matrices, strict=True)], None
+
+    totals = [
+        jnp.zeros((batch, size, kernel.shape[-1]), buffer.dtype) for size, kernel in zip(sizes, kernels, strict=True)
+    ]
+    totals, _ = jax.lax.scan(tap, totals, (corner, by_tap(fractions), by_tap(masks), kernels))
+
+    outputs = []
+    for total, (_, readings) in zip(totals, groups, strict=True):
+        shapes = [reading.offsets.shape[1:3] for reading in readings]
+        parts = jnp.split(total, np.cumsum([h * w for h, w in shapes])[:-1], axis=1)
+        outputs.append([part.reshape(batch, h, w, -1) for part, (h, w) in zip(parts, shapes, strict=True)])
+    return outputs
 
 
-def sample_bilinear(x: Array, positions: Array) -> Array:
-    """Reads a feature map between its pixels; outside it everything is zero.
+def deform_conv_reference(x: Array, reading: Reading, kernel: Array) -> Array:
+    """One convolution of `deform_convs` written as its definition: four clipped reads a tap, all taps at once.
 
     Args:
-        x: [B, H, W, C].
-        positions: float[B, P, 2], (y, x) in pixels.
-
-    Returns:
-        [B, P, C].
-    """
-    _, height, width, channels = x.shape
-    # A frame of two zeros makes every 2 x 2 patch that touches the image, or just misses it, a plain slice.
-    framed = jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    limits = jnp.asarray([height, width], positions.dtype)
-    positions = jnp.clip(positions, -1.5, limits + 0.5)
-    corner = jnp.floor(positions)
-    fraction = (positions - corner).astype(x.dtype)
-
-    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2, 3), collapsed_slice_dims=(), start_index_map=(0, 1))
-
-    def patches(image: Array, starts: Array) -> Array:  # [H + 4, W + 4, C], int32[P, 2] -> [P, 2, 2, C]
-        return jax.lax.gather(image, starts, dimensions, (2, 2, channels), mode="promise_in_bounds")
-
-    patch = jax.vmap(patches)(framed, corner.astype(jnp.int32) + 2)
-    fy, fx = fraction[..., :1], fraction[..., 1:]  # [B, P, 1]
-    top = patch[:, :, 0, 0] * (1 - fx) + patch[:, :, 0, 1] * fx
-    bottom = patch[:, :, 1, 0] * (1 - fx) + patch[:, :, 1, 1] * fx
-    return top * (1 - fy) + bottom * fy
-
-
-def deform_conv(x: Array, offsets: Array, mask: Array, kernel: Array, stride: int = 1) -> Array:
-    """A 3 x 3 convolution of padding 1 whose taps are moved by `offsets` and weighted by `mask`.
-
-    One tap at a time, recomputed in the backward pass, so that the temporaries are those of a single tap.
-
-    Args:
-        x: [B, H, W, C].
-        offsets: float[B, h, w, 18], (y, x) of each tap in input pixels, taps in row-major order.
-        mask: [B, h, w, 9].
+        x: [B, H, W, C], the level that is read.
+        reading: its `level` is not used.
         kernel: [3, 3, C, D].
-        stride: pixels of the input between pixels of the output; (h, w) is ceil((H, W) / stride).
 
     Returns:
         [B, h, w, D], without bias.
     """
-    b, h, w, _ = offsets.shape
-    positions = sampling_positions(offsets, h, w, stride).reshape(b, h * w, 9, 2)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tap(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        position, weight, matrix = inputs  # [B, hw, 2], [B, hw], [C, D]
-        return total + (sample_bilinear(x, position) * weight[..., None]) @ matrix, None
-
-    start = jnp.zeros((b, h * w, kernel.shape[-1]), x.dtype)
-    taps = (
-        jnp.moveaxis(positions, 2, 0),
-        jnp.moveaxis(mask.reshape(b, h * w, 9), 2, 0),
-        kernel.reshape(9, *kernel.shape[2:]),
-    )
-    return jax.lax.scan(tap, start, taps)[0].reshape(b, h, w, -1)
-
-
-def deform_conv_reference(x: Array, offsets: Array, mask: Array, kernel: Array, stride: int = 1) -> Array:
-    """`deform_conv` written as its definition: four clipped reads a tap, all taps at once. For tests."""
     b, height, width, _ = x.shape
-    _, h, w, _ = offsets.shape
-    positions = sampling_positions(offsets, h, w, stride)
+    positions = sampling_positions(reading.offsets, reading.stride)  # [B, h, w, 9, 2]
     corner = jnp.floor(positions)
-    total = 0.0
-    for dy in (0, 1):
-        for dx in (0, 1):
-            yx = corner + jnp.asarray([dy, dx], corner.dtype)
-            weight = jnp.prod(1 - jnp.abs(positions - yx), axis=-1)
-            y, xx = yx[..., 0].astype(jnp.int32), yx[..., 1].astype(jnp.int32)
-            inside = (y >= 0) & (y < height) & (xx >= 0) & (xx < width)
-            read = x[jnp.arange(b)[:, None, None, None], jnp.clip(y, 0, height - 1), jnp.clip(xx, 0, width - 1)]
-            total += read * jnp.where(inside, weight, 0)[..., None]  # [B, h, w, 9, C]
-    return jnp.einsum("bhwkc,bhwk,kcd->bhwd", total, mask, kernel.reshape(9, *kernel.shape[2:]))
+    values = jnp.zeros((*positions.shape[:-1], x.shape[-1]), x.dtype)
+    for corner_offset in np.ndindex(2, 2):
+        yx = corner + jnp.asarray(corner_offset, corner.dtype)
+        weight = jnp.prod(1 - jnp.abs(positions - yx), axis=-1)
+        row, column = jnp.moveaxis(yx.astype(jnp.int32), -1, 0)
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        images = jnp.arange(b)[:, None, None, None]
+        read = x[images, jnp.clip(row, 0, height - 1), jnp.clip(column, 0, width - 1)]
+        values += read * jnp.where(inside, weight, 0)[..., None]
+    return jnp.einsum("bhwkc,bhwk,kcd->bhwd", values, reading.mask, kernel.reshape(9, *kernel.shape[2:]))
