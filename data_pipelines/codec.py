@@ -1,0 +1,155 @@
+"""One annotated image as the bytes of a record: tf.train.Example, without TensorFlow."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.schema import GRANULARITIES, MODALITIES, GroundingExample, Region
+
+
+class RecordsError(ValueError):
+    """Records that cannot be found, read or written; the message names the file and what to do."""
+
+
+def _check_names(place: str, modality: str, granularities: Iterable[str]) -> None:
+    if modality not in MODALITIES:
+        raise RecordsError(f"{place}: unknown modality {modality!r}; known: {', '.join(MODALITIES)}")
+    if unknown := set(granularities) - set(GRANULARITIES):
+        raise RecordsError(f"{place}: unknown granularity {unknown.pop()!r}; known: {', '.join(GRANULARITIES)}")
+
+
+def encode_example(example: GroundingExample) -> bytes:
+    """Serialises an example as tf.train.Example with the features of `tfds_metadata.make_features`.
+
+    Raises:
+        RecordsError: a box is not of four numbers, a mask has not the image's size, a modality or granularity is not of
+            `schema`, or a text is no Unicode (a file name in another encoding becomes such a text).
+    """
+    from tensorflow_datasets.proto import tf_example_generated_pb2
+
+    _check_names(example.image_id, example.modality, (region.granularity for region in example.regions))
+    size = [example.height, example.width]
+    for region in example.regions:
+        if np.shape(region.box) != (4,):
+            raise RecordsError(f"{example.image_id}: a box has shape {np.shape(region.box)}, expected x0 y0 x1 y1")
+        if region.mask is not None and list(region.mask["size"]) != size:
+            raise RecordsError(f"{example.image_id}: a mask has size {region.mask['size']}, the image {size}")
+    regions = example.regions
+    message = tf_example_generated_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    feature = message.features.feature
+    texts: dict[str, list[str]] = {
+        "image_id": [example.image_id],
+        "dataset": [example.dataset],
+        "patient_id": [example.patient_id],
+        "modality": [example.modality],
+        "caption": [example.caption],
+        "absent": list(example.absent),
+        "regions/phrase": [region.phrase for region in regions],
+        "regions/label": [region.label for region in regions],
+        "regions/granularity": [region.granularity for region in regions],
+        "regions/parent": [region.parent for region in regions],
+    }
+    spans = [(index, *span) for index, region in enumerate(regions) for span in region.spans]
+    integers: dict[str, Any] = {
+        "height": [example.height],
+        "width": [example.width],
+        "caption_spans": np.asarray(spans, np.int64).ravel(),
+        "regions/iscrowd": [int(region.iscrowd) for region in regions],
+    }
+    boxes = np.asarray([region.box for region in regions], np.float32).ravel()
+    # `extend` alone would leave an empty list without a kind; TFDS expects the kind.
+    for name, values in texts.items():
+        feature[name].bytes_list.SetInParent()
+        try:
+            feature[name].bytes_list.value.extend([value.encode() for value in values])
+        except UnicodeEncodeError as error:
+            raise RecordsError(f"{example.image_id!r}: {name} {error.object!r} cannot be written as UTF-8") from None
+    for name, values in integers.items():
+        feature[name].int64_list.SetInParent()
+        feature[name].int64_list.value.extend(values)
+    for name, values in {"spacing_mm": example.spacing_mm, "regions/box": boxes}.items():
+        feature[name].float_list.SetInParent()
+        feature[name].float_list.value.extend(values)
+    feature["image"].bytes_list.value.append(example.image)
+    feature["regions/mask"].bytes_list.SetInParent()
+    feature["regions/mask"].bytes_list.value.extend(b"" if r.mask is None else r.mask["counts"] for r in regions)
+    return message.SerializeToString(deterministic=True)
+
+
+def parse_example(record: bytes) -> GroundingExample:
+    """Reads what `encode_example` wrote.
+
+    Raises:
+        RecordsError: the bytes are no tf.train.Example, or its features are not those of a grounding example.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_generated_pb2
+
+    message = tf_example_generated_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        message.ParseFromString(record)
+    except DecodeError as error:
+        raise RecordsError(f"malformed record of {len(record)} bytes: no tf.train.Example ({error})") from None
+    stored = message.features.feature
+
+    def values(name: str, kind: str, count: int | None = None) -> Any:
+        if name not in stored:
+            raise RecordsError(f"malformed record: it has no feature {name!r}, only {sorted(stored) or 'nothing'}")
+        if (found_kind := stored[name].WhichOneof("kind")) not in (kind, None):
+            raise RecordsError(f"malformed record: feature {name!r} is a {found_kind}, expected a {kind}")
+        found = getattr(stored[name], kind).value
+        if count is not None and len(found) != count:
+            raise RecordsError(f"malformed record: feature {name!r} has {len(found)} values, expected {count}")
+        return found
+
+    def texts(name: str, count: int | None = None) -> list[str]:
+        try:
+            return [value.decode() for value in values(name, "bytes_list", count)]
+        except UnicodeDecodeError:
+            raise RecordsError(f"malformed record: feature {name!r} is not UTF-8") from None
+
+    def integer(name: str) -> int:
+        return int(values(name, "int64_list", 1)[0])
+
+    modality = texts("modality", 1)[0]
+    height, width = integer("height"), integer("width")
+    phrases = texts("regions/phrase")
+    count = len(phrases)
+    spans: list[list[tuple[int, int]]] = [[] for _ in phrases]
+    triples = np.asarray(values("caption_spans", "int64_list"), np.int64)
+    if triples.size % 3 or (triples.size and not 0 <= triples[::3].min() <= triples[::3].max() < count):
+        raise RecordsError("malformed record: 'caption_spans' are not (region, start, end) triples")
+    for index, start, end in triples.reshape(-1, 3).tolist():
+        spans[index].append((start, end))
+    boxes = np.asarray(values("regions/box", "float_list", 4 * count), np.float32).reshape(-1, 4)
+    labels, granularities = texts("regions/label", count), texts("regions/granularity", count)
+    _check_names("malformed record", modality, granularities)
+    parents, crowds = texts("regions/parent", count), values("regions/iscrowd", "int64_list", count)
+    masks = values("regions/mask", "bytes_list", count)
+    row, column = values("spacing_mm", "float_list", 2)
+    return GroundingExample(
+        image=values("image", "bytes_list", 1)[0],
+        image_id=texts("image_id", 1)[0],
+        dataset=texts("dataset", 1)[0],
+        height=height,
+        width=width,
+        patient_id=texts("patient_id", 1)[0],
+        modality=modality,
+        spacing_mm=(row, column),
+        caption=texts("caption", 1)[0],
+        regions=tuple(
+            Region(
+                box=boxes[i],
+                phrase=phrases[i],
+                label=labels[i],
+                granularity=granularities[i],
+                parent=parents[i],
+                mask={"size": [height, width], "counts": masks[i]} if masks[i] else None,
+                iscrowd=bool(crowds[i]),
+                spans=tuple(spans[i]),
+            )
+            for i in range(count)
+        ),
+        absent=tuple(texts("absent")),
+    )

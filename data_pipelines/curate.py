@@ -1,0 +1,158 @@
+"""From what a source says to what records hold: names, boxes from masks, boxes inside the image, splits."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import re
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.schema import MODALITIES, GroundingExample, Region
+from data_pipelines.taxonomy import load_taxonomy
+
+_MODALITY_NAMES = {
+    "x-ray": "xray",
+    "radiograph": "xray",
+    "mr": "mri",
+    "us": "ultrasound",
+    "endoscope": "endoscopy",
+    "colonoscopy": "endoscopy",
+    "dermatoscopy": "dermoscopy",
+    "pathology": "histopathology",
+    "histology": "histopathology",
+    "microscope": "microscopy",
+}
+
+
+class SourceError(ValueError):
+    """A source that cannot be used as it is; the message names the file, what is wrong and what to do."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """What curation did to the regions of a split."""
+
+    clipped: int = 0
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(self.clipped + other.clipped, self.dropped + other.dropped)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"clipped": self.clipped, "dropped": dict(self.dropped)}
+
+
+def clip_box(box: np.ndarray, height: int, width: int) -> tuple[np.ndarray | None, str]:
+    """Brings a box into its image.
+
+    Args:
+        box: [4] x0 y0 x1 y1 in pixels, half-open.
+        height, width: of the image.
+
+    Returns:
+        (box, what happened): float32[4] inside the image with an area and "kept" or "clipped"; or None and why it
+        has to go, "no area" (as it came) or "outside the image".
+
+    Raises:
+        ValueError: a coordinate is not a finite number.
+    """
+    box = np.asarray(box, np.float32)
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise ValueError(f"a box is four finite numbers x0 y0 x1 y1, not {box.tolist()}")
+    if not (box[2:] > box[:2]).all():
+        return None, "no area"
+    limit = np.asarray([width, height, width, height], np.float32)
+    clipped = np.clip(box, 0, limit)
+    if not (clipped[2:] > clipped[:2]).all():
+        return None, "outside the image"
+    return clipped, "kept" if (clipped == box).all() else "clipped"
+
+
+def box_from_mask(mask: np.ndarray) -> np.ndarray:
+    """Returns the tight box float32[4] (x0 y0 x1 y1, half-open) of a bool[H, W] mask; all zeros if it is empty."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return np.zeros(4, np.float32)
+    return np.asarray([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
+
+
+def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
+    """Clips the boxes of an example to its image and drops those that cannot be used, counting both.
+
+    Raises:
+        SourceError: a box is not finite; the message names the image.
+    """
+    regions, tally = [], Tally()
+    for region in example.regions:
+        try:
+            box, fate = clip_box(region.box, example.height, example.width)
+        except ValueError as error:
+            raise SourceError(f"image {example.image_id}, region {region.phrase!r}: {error}") from None
+        if box is None:
+            tally.dropped[fate] += 1
+            continue
+        tally.clipped += fate == "clipped"
+        regions.append(dataclasses.replace(region, box=box))
+    return dataclasses.replace(example, regions=tuple(regions)), tally
+
+
+def clean_name(name: str) -> str:
+    """Makes words of a data set's class name, as GLIP does (od_to_grounding.py): no "(...)", spaces for "_"."""
+    return " ".join(re.sub(r"\(.*\)", "", name).replace("_", " ").split())
+
+
+@functools.lru_cache(maxsize=65536)
+def name_region(name: str, site: str = "") -> dict[str, str]:
+    """Returns phrase, label, granularity and parent of a class name, as keyword arguments of `Region`.
+
+    They are the taxonomy's where it knows the name, with or without the `site` before it ("lung" + "tumor"); else the
+    phrase is the cleaned name and the label the name itself.
+
+    Raises:
+        SourceError: nothing is left of the name when it is cleaned.
+    """
+    words = clean_name(name)
+    if not words:
+        raise SourceError(f"the class name {name!r} has no words")
+    taxonomy = load_taxonomy()
+    label = (taxonomy.find(f"{site} {words}") if site else None) or taxonomy.find(name) or taxonomy.find(words)
+    if label is None:
+        return {"phrase": words, "label": name, "granularity": "region", "parent": ""}
+    return {"phrase": label.name, "label": label.id, "granularity": label.granularity, "parent": label.parent}
+
+
+def find_modality(name: str) -> str:
+    """Returns the modality of `data_pipelines.schema.MODALITIES` that a name means ("X-Ray", "MRI-T1"), else ""."""
+    words = name.strip().lower()
+    for candidate in (words, words.split("-")[0]):
+        found = _MODALITY_NAMES.get(candidate, candidate)
+        if found in MODALITIES[1:]:
+            return found
+    return ""
+
+
+def hash_patient(patient: str) -> str:
+    """Returns a stable id that does not show the patient's own."""
+    return hashlib.sha256(patient.encode()).hexdigest()[:16]
+
+
+def split_of(example: GroundingExample, eval_fraction: float, seed: int = 0) -> str:
+    """Returns "train" or "validation" from the hash of the patient's id, or of the image's where there is none.
+
+    The same patient is on the same side in every data set and every build with this seed and fraction, and a larger
+    fraction only moves images from train to validation.
+    """
+    key = f"{seed}:{example.patient_id or example.image_id}"
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    return "validation" if share < eval_fraction else "train"
+
+
+def make_region(name: str, box: np.ndarray, site: str = "", **fields: Any) -> Region:
+    """Makes a region of a class name and a box; `fields` are further fields of `Region`, or replace `name_region`'s.
+
+    Raises:
+        SourceError: as `name_region`.
+    """
+    return Region(box=np.asarray(box, np.float32), **{**name_region(name, site), **fields})

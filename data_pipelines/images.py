@@ -1,0 +1,135 @@
+"""Image files as records store them: decoded once in full to be sure of them, re-encoded only where they must be."""
+
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.curate import SourceError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+_ORIENTATION = 0x0112  # EXIF tag
+_PNG_BIT_DEPTH = 24  # place of the byte in the file
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredImage:
+    """Encoded PNG or JPEG bytes that decode to uint8[height, width] or uint8[height, width, 3]."""
+
+    encoded: bytes
+    height: int
+    width: int
+
+
+def list_images(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the image files in a folder and its subfolders by their relative path without suffix, sorted.
+
+    Raises:
+        SourceError: two images differ only in their suffix.
+    """
+    images: dict[str, pathlib.Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in images:
+                raise SourceError(f"{images[stem]} and {path} have the same name: rename one, it is the image's id")
+            images[stem] = path
+    return images
+
+
+def _decode(path: str | os.PathLike) -> tuple[bytes, Image.Image]:
+    try:
+        encoded = pathlib.Path(path).read_bytes()
+        image = Image.open(io.BytesIO(encoded))
+        image.load()
+    except FileNotFoundError:
+        raise SourceError(f"{path}: there is no such image") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SourceError(f"{path}: the image cannot be decoded ({error}); replace the file or leave it out") from None
+    return encoded, image
+
+
+def _grey_if_equal(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, 3] -> [H, W] where the three channels are the same."""
+    return pixels[..., 0] if (pixels == pixels[..., :1]).all() else pixels
+
+
+def _to_uint8(image: Image.Image, wide: bool) -> np.ndarray:
+    """Returns uint8[H, W] or uint8[H, W, 3]. Above 8 bits a grey image's own range becomes 0 to 255."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        return np.rint((values - low) * (255 / max(high - low, 1e-9))).astype(np.uint8)
+    if image.mode in ("1", "L") and not wide:
+        return np.asarray(image.convert("L"))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return _grey_if_equal(np.asarray(image.convert("RGB")))
+
+
+def store_image(path: str | os.PathLike, annotated_size: tuple[int, int] | None = None) -> StoredImage:
+    """Reads and checks an image file.
+
+    8-bit grey or RGB JPEG and PNG files are kept byte for byte. Anything else becomes PNG: palettes are looked up,
+    transparent pixels go black, 16-bit grey is stretched over 0 to 255. A JPEG whose EXIF data turn it is stored
+    as its annotations see it, so that decoders with and without EXIF agree.
+
+    Args:
+        path: image file.
+        annotated_size: (height, width) that the annotation was made on, if it says so.
+
+    Raises:
+        SourceError: the file is missing, damaged or cut short, holds several pictures, or has another size.
+    """
+    encoded, image = _decode(path)
+    kind = "JPEG" if image.format == "MPO" else image.format
+    if kind != "JPEG" and getattr(image, "n_frames", 1) != 1:
+        raise SourceError(f"{path}: holds several pictures; split them into files of their own")
+    wide = kind == "PNG" and encoded[_PNG_BIT_DEPTH] == 16
+    keep = kind in ("JPEG", "PNG") and image.mode in ("L", "RGB") and not wide and "transparency" not in image.info
+    turn = image.getexif().get(_ORIENTATION, 1) if kind == "JPEG" else 1
+    if turn != 1:
+        keep = False
+        if annotated_size and annotated_size != (image.height, image.width):
+            from PIL import ImageOps
+
+            image = ImageOps.exif_transpose(image)
+    size = (image.height, image.width)
+    if annotated_size and annotated_size != size:
+        raise SourceError(
+            f"{path}: the image is {size[1]} x {size[0]} pixels, its annotation says "
+            f"{annotated_size[1]} x {annotated_size[0]}; the boxes belong to another version of it"
+        )
+    if not keep:
+        stream = io.BytesIO()
+        Image.fromarray(_to_uint8(image, wide)).save(stream, "PNG")
+        encoded = stream.getvalue()
+    return StoredImage(encoded, *size)
+
+
+def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+    """Returns bool[height, width]: where any colour channel of a mask image is not 0 (transparency does not count).
+
+    Raises:
+        SourceError: the file is damaged, or its size is not the image's `size` (height, width).
+    """
+    _, image = _decode(path)
+    if image.mode == "P":
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
+    if "A" in image.getbands():
+        pixels = pixels[..., :-1]
+    if (image.height, image.width) != size:
+        raise SourceError(f"{path}: the mask is {image.width} x {image.height} pixels, its image {size[1]} x {size[0]}")
+    return np.any(pixels.reshape(*size, -1), axis=-1, keepdims=True)[..., 0]
+
+
+def describe(paths: Iterable[object], limit: int = 3) -> str:
+    """Names the first few of many files in an error message."""
+    names = [str(path) for path in paths]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,181 @@
+"""COCO: one JSON file of images, annotations and categories; also captions with spans, as MDETR's data have them."""
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from data_pipelines.curate import SourceError, clean_name, hash_patient, make_region, name_region
+from data_pipelines.images import store_image
+from data_pipelines.schema import GroundingExample, Region
+
+_HEAD = 2**16  # characters looked at to tell whether a file is COCO
+
+
+def _list_json(folder: pathlib.Path) -> list[pathlib.Path]:
+    """JSON files that can be COCO, which excludes those of other kinds that lie beside images."""
+    if folder.is_file():
+        return [folder] if folder.suffix == ".json" else []
+    paths = sorted(folder.glob("*.json")) + sorted(folder.glob("annotations/*.json"))
+    return [path for path in paths if _looks_like_coco(path)]
+
+
+def _looks_like_coco(path: pathlib.Path) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        head = file.read(_HEAD)
+    return head.lstrip().startswith("{") and any(f'"{key}"' in head for key in ("images", "annotations", "categories"))
+
+
+class COCO(Sequence[GroundingExample]):
+    """A COCO JSON file, or a folder with one in it or in its annotations/ folder, and the images that it names.
+
+    `file_name` is looked up beside the JSON file, in the folder, and in their subfolders. Instances have `bbox`
+    (x y width height), `category_id`, and optionally `segmentation` (polygons or run lengths) and `iscrowd`. Where an
+    image has a `caption`, an annotation's `tokens_positive` ([[start, end], ...], half-open characters) are its
+    phrase, as in MDETR's final_flickr_separateGT and final_mixed. An image's id is its file name without suffix, with
+    its COCO id after it where several entries share the file; those stay in one split. `patient_id` of an image is
+    hashed, and LVIS's `neg_category_ids` become `absent`.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
+        self._dataset, self._modality = dataset, modality
+        paths = _list_json(folder)
+        if len(paths) != 1:
+            found = f"several: {', '.join(map(str, paths))}; give one of them as --input" if paths else "none"
+            raise SourceError(
+                f"{folder}: expected one COCO .json file in it or in its annotations/ folder, found {found}"
+            )
+        self._path = paths[0]
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8"))
+            self._images: list[dict[str, Any]] = content["images"]
+            self._names = {int(c["id"]): str(c["name"]) for c in content.get("categories", [])}
+            self._annotations: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
+            for annotation in content["annotations"]:
+                self._annotations[annotation["image_id"]].append(annotation)
+            stems = [os.path.splitext(image["file_name"])[0] for image in self._images]
+            self._sizes = [(int(i.get("height") or 0), int(i.get("width") or 0)) for i in self._images]
+            ids = [image["id"] for image in self._images]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise SourceError(f"{self._path}: no valid JSON ({error})") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"{self._path}: not COCO: lists 'images' (id, file_name), 'annotations' (image_id) and "
+                f"'categories' (id, name) are expected; the problem is {error!r}"
+            ) from None
+        if not ids:
+            raise SourceError(f"{self._path}: names no images")
+        if len(set(ids)) != len(ids):
+            raise SourceError(f"{self._path}: several images have the same id")
+        if strangers := set(self._annotations) - set(ids):
+            raise SourceError(
+                f"{self._path}: annotations of image id {min(strangers, key=str)}, which is not in 'images'"
+            )
+        self._stems, self._uses = stems, collections.Counter(stems)
+        root = self._path.parent.parent if self._path.parent.name == "annotations" else self._path.parent
+        self._folders = list(_image_folders(root))
+        self.unused: list[str] = []
+
+    @staticmethod
+    def matches(folder: pathlib.Path) -> bool:
+        return bool(_list_json(folder))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
+        entry, stem = self._images[index], self._stems[index]
+        where = f"{self._path}, image id {entry['id']}"
+        size = self._sizes[index]
+        image = store_image(self._find_image(entry["file_name"], where), size if all(size) else None)
+        shared = self._uses[stem] > 1
+        group = str(entry.get("patient_id") or (stem if shared else ""))
+        caption = entry.get("caption") or ""
+        return GroundingExample(
+            image=image.encoded,
+            image_id=f"{stem}-{entry['id']}" if shared else stem,
+            dataset=self._dataset,
+            height=image.height,
+            width=image.width,
+            patient_id=hash_patient(group) if group else "",
+            modality=self._modality,
+            caption=caption,
+            regions=tuple(
+                self._read_region(annotation, caption, (image.height, image.width))
+                for annotation in self._annotations.get(entry["id"], ())
+            ),
+            absent=tuple(name_region(self._category(c, where))["label"] for c in entry.get("neg_category_ids", ())),
+        )
+
+    def _find_image(self, file_name: str, where: str) -> pathlib.Path:
+        for position, folder in enumerate(self._folders):
+            if (path := folder / file_name).is_file():
+                self._folders.insert(0, self._folders.pop(position))  # the next one is most likely there too
+                return path
+        raise SourceError(f"{where}: there is no {file_name} in {', '.join(map(str, self._folders))}")
+
+    def _category(self, category_id: Any, where: str) -> str:
+        if not clean_name(self._names.get(category_id, "")):
+            raise SourceError(f"{where}: 'categories' has no id {category_id} with a name")
+        return self._names[category_id]
+
+    def _read_region(self, annotation: dict[str, Any], caption: str, size: tuple[int, int]) -> Region:
+        where = f"{self._path}, annotation id {annotation.get('id')}"
+        fields: Any = {"iscrowd": bool(annotation.get("iscrowd", 0))}
+        if annotation.get("tokens_positive"):
+            fields["spans"], name = _read_spans(annotation["tokens_positive"], caption, where)
+            fields["phrase"] = name
+        else:
+            name = self._category(annotation.get("category_id"), where)
+        if annotation.get("segmentation"):
+            fields["mask"] = _encode_segmentation(annotation["segmentation"], size, where)
+        bounds = annotation.get("bbox", ())
+        if not bounds and "mask" in fields:
+            bounds = coco_mask.toBbox(fields["mask"]).tolist()
+        try:
+            x, y, width, height = map(float, bounds)
+            return make_region(name, np.asarray([x, y, x + width, y + height]), **fields)
+        except (TypeError, ValueError) as error:
+            raise SourceError(
+                f"{where}: bbox {bounds} of {name!r} is no usable [x, y, width, height] ({error})"
+            ) from None
+
+
+def _image_folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    yield root
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        yield folder
+        yield from sorted(path for path in folder.iterdir() if path.is_dir())
+
+
+def _read_spans(spans: Any, caption: str, where: str) -> tuple[tuple[tuple[int, int], ...], str]:
+    """Returns the spans and the words that they cover, joined by a space."""
+    try:
+        pairs = tuple((int(start), int(end)) for start, end in spans)
+    except (TypeError, ValueError):
+        raise SourceError(f"{where}: tokens_positive is {spans}, expected [[start, end], ...]") from None
+    words = " ".join(caption[start:end].strip() for start, end in pairs)
+    if not all(0 <= start < end <= len(caption) for start, end in pairs) or not words.strip():
+        raise SourceError(f"{where}: tokens_positive {spans} are no words of its image's caption {caption!r}")
+    return pairs, words
+
+
+def _encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> dict:
+    """Returns polygons, or run lengths of either kind, as compressed COCO run lengths of an image of this size."""
+    try:
+        if isinstance(segmentation, list):
+            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+        elif isinstance(segmentation["counts"], list):
+            encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+        else:
+            encoded = coco_mask.encode(coco_mask.decode(segmentation))  # decoding checks it
+    except Exception as error:  # pycocotools raises bare Exception and TypeError for malformed input
+        raise SourceError(f"{where}: its segmentation cannot be read ({error})") from None
+    if tuple(encoded["size"]) != size:
+        raise SourceError(f"{where}: its mask is of size {encoded['size']}, its image {list(size)} (height, width)")
+    return {"size": list(size), "counts": encoded["counts"]}

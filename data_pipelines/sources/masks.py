@@ -1,0 +1,76 @@
+"""A folder of images and one of masks, one mask image a region, its phrase in the file name (BiomedParse's layout)."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from data_pipelines.curate import SourceError, box_from_mask, find_modality, make_region
+from data_pipelines.images import describe, list_images, read_mask, store_image
+from data_pipelines.schema import GroundingExample, Region
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """Returns the compressed COCO run-length encoding of a bool[H, W] mask."""
+    return dict(coco_mask.encode(np.asfortranarray(mask, np.uint8)))
+
+
+class MaskFolder(Sequence[GroundingExample]):
+    """images/STEM.png with masks/STEM_PHRASE.png, where PHRASE has "+" for spaces.
+
+    A mask is what is not black in its file and makes one region, even if it has several parts. A stem of the form
+    NUMBER_MODALITY_SITE gives modality and site; the site helps to find labels ("tumor" of a lung). Images without
+    masks are not examples, since nothing says that somebody looked at them.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
+        self._dataset, self._modality = dataset, modality
+        if not self.matches(folder):
+            raise SourceError(f"{folder}: expected the folders images/ and masks/ in it")
+        images, masks = list_images(folder / "images"), list_images(folder / "masks")
+        owned: dict[str, list[tuple[str, pathlib.Path]]] = {}
+        self.unused: list[str] = []
+        for stem, path in masks.items():
+            cuts = (place for place in range(len(stem) - 1, 0, -1) if stem[place] == "_")
+            owner = next((stem[:cut] for cut in cuts if stem[:cut] in images), None)
+            if owner is None:
+                self.unused.append(str(path))
+            else:
+                owned.setdefault(owner, []).append((stem[len(owner) + 1 :].replace("+", " "), path))
+        if not owned:
+            found = f"only {describe(masks.values())}" if masks else "none"
+            raise SourceError(f"{folder}: no mask belongs to an image: expected masks/STEM_PHRASE.png, found {found}")
+        self.unused += [str(path) for stem, path in images.items() if stem not in owned]
+        self._items = [(stem, images[stem], owned[stem]) for stem in images if stem in owned]
+
+    @staticmethod
+    def matches(folder: pathlib.Path) -> bool:
+        return (folder / "images").is_dir() and (folder / "masks").is_dir()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
+        stem, path, masks = self._items[index]
+        parts = stem.rsplit("/", 1)[-1].split("_")
+        modality = find_modality(parts[1]) if len(parts) > 2 else ""
+        site = " ".join(parts[2:]) if modality else ""
+        image = store_image(path)
+        return GroundingExample(
+            image=image.encoded,
+            image_id=stem,
+            dataset=self._dataset,
+            height=image.height,
+            width=image.width,
+            modality=modality or self._modality,
+            regions=tuple(_read_region(phrase, mask, site, (image.height, image.width)) for phrase, mask in masks),
+        )
+
+
+def _read_region(phrase: str, path: pathlib.Path, site: str, size: tuple[int, int]) -> Region:
+    mask = read_mask(path, size)
+    try:
+        return make_region(phrase, box_from_mask(mask), site, mask=encode_mask(mask))
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from None

@@ -1,0 +1,131 @@
+"""Text to tokens: any Hugging Face fast tokenizer; the default is the project's own medical WordPiece vocabulary."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+from tokenizers import Tokenizer
+
+BUNDLED = pathlib.Path(__file__).with_name("tokenizer")
+_REMEMBERED = 65536  # phrases whose number of tokens is kept
+_PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # BERT, RoBERTa and T5, GPT-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """A tokenised text.
+
+    Attributes:
+        ids: vocabulary rows, special tokens included.
+        offsets: characters (start, end) of the text that each token stands for, half-open; (0, 0) for special tokens.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class TextTokenizer:
+    """A fast tokenizer without truncation or padding; picklable, safe to use from several threads.
+
+    Attributes:
+        vocab_size: rows that an embedding table needs.
+        pad_id: id of the padding token.
+        num_leading, num_trailing: special tokens before and after a text ([CLS] and [SEP] in BERT).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any]):
+        """Takes over `tokenizer`; `config` is the content of its tokenizer_config.json.
+
+        Raises:
+            ValueError: it has no padding token.
+        """
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer, self._config = tokenizer, config
+        declared = config.get("pad_token")
+        declared = declared["content"] if isinstance(declared, dict) else declared
+        candidates = (tokenizer.token_to_id(token) for token in (declared, *_PAD_TOKENS) if token)
+        self.pad_id = next((id_ for id_ in candidates if id_ is not None), -1)
+        if self.pad_id < 0:
+            raise ValueError("the tokenizer has no padding token: name one as pad_token in its tokenizer_config.json")
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        special = tokenizer.encode("a").special_tokens_mask
+        self.num_leading = special.index(0)
+        self.num_trailing = special[::-1].index(0)
+        self._lengths: dict[str, int] = {}
+
+    def encode(self, text: str) -> Encoding:
+        """Tokenises a text and adds the special tokens."""
+        encoding = self._tokenizer.encode(text)
+        return Encoding(encoding.ids, encoding.offsets)
+
+    def count(self, phrase: str) -> int:
+        """Returns the number of tokens of a phrase, without special tokens; remembered, phrases come again."""
+        length = self._lengths.get(phrase)
+        if length is None:
+            length = len(self._tokenizer.encode(phrase, add_special_tokens=False).ids)
+            if len(self._lengths) >= _REMEMBERED:
+                self._lengths.clear()
+            self._lengths[phrase] = length
+        return length
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, and for WordPiece the vocab.txt that older tools read."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        config = json.dumps(self._config, indent=1, ensure_ascii=False)
+        (directory / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+        if json.loads(self._tokenizer.to_str())["model"]["type"] == "WordPiece":
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+            (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lengths": {}}
+
+
+@functools.lru_cache(maxsize=8)
+def load_tokenizer(name_or_dir: str = "") -> TextTokenizer:
+    """Loads a tokenizer: "" is the bundled one; else a folder, or the name of a model on the Hugging Face hub.
+
+    A folder with tokenizer.json is read as it is; anything else goes through transformers, and a name needs the network
+    unless it is in the local cache.
+
+    Raises:
+        ValueError: there is no such tokenizer, it is no fast one, or it has no padding token.
+    """
+    directory = pathlib.Path(name_or_dir) if name_or_dir else BUNDLED
+    if not (directory / "tokenizer.json").is_file():
+        return _load_with_transformers(name_or_dir)
+    try:
+        return _load_folder(directory)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the tokenizer in {directory} cannot be used: {error}") from error
+
+
+def _load_folder(directory: pathlib.Path) -> TextTokenizer:
+    config = directory / "tokenizer_config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return TextTokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")), content)
+
+
+def _load_with_transformers(name_or_dir: str) -> TextTokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer {name_or_dir!r}: expected a folder with tokenizer.json, a name on the Hugging Face hub, "
+            f'or "" for the bundled one ({error})'
+        ) from error
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
+            raise ValueError(f"{name_or_dir!r} has no fast tokenizer, and its offsets are needed: choose one that has")
+        return _load_folder(pathlib.Path(directory))

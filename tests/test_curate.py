@@ -1,0 +1,119 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as nps
+
+from data_pipelines.curate import (
+    SourceError,
+    box_from_mask,
+    clean_name,
+    clip_box,
+    curate,
+    find_modality,
+    hash_patient,
+    name_region,
+    split_of,
+)
+from data_pipelines.schema import GroundingExample, Region
+
+EXAMPLE = GroundingExample(image=b"", image_id="a", dataset="d", height=10, width=20)
+coordinates = st.floats(-50, 50, width=32)
+
+
+@given(box=st.tuples(*[coordinates] * 4), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_clipped_box_is_the_box_inside_the_image_or_none(box, height, width):
+    clipped, fate = clip_box(np.asarray(box), height, width)
+    x0, y0, x1, y1 = box
+    overlap = (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height))
+    if x1 <= x0 or y1 <= y0:
+        assert (clipped, fate) == (None, "no area")
+    elif overlap[2] <= overlap[0] or overlap[3] <= overlap[1]:
+        assert (clipped, fate) == (None, "outside the image")
+    else:
+        np.testing.assert_array_equal(clipped, np.asarray(overlap, np.float32))
+        assert fate == ("kept" if overlap == box else "clipped")
+
+
+def test_curate_counts_what_it_clips_and_drops():
+    boxes = [[0, 0, 5, 5], [-2, 0, 5, 5], [15, 5, 25, 12], [3, 3, 3, 9], [20, 0, 30, 5]]
+    regions = tuple(Region(np.asarray(box, np.float32), f"p{i}", "l") for i, box in enumerate(boxes))
+    example, tally = curate(dataclasses.replace(EXAMPLE, regions=regions))
+    assert [region.phrase for region in example.regions] == ["p0", "p1", "p2"]
+    np.testing.assert_array_equal(example.regions[2].box, [15, 5, 20, 10])
+    both = tally + tally
+    assert both.as_dict() == {"clipped": 4, "dropped": {"no area": 2, "outside the image": 2}}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_box_that_is_not_finite_is_an_error(bad):
+    region = Region(np.asarray([0, 0, bad, 5], np.float32), "lung", "lung")
+    with pytest.raises(SourceError, match="image a, region 'lung'"):
+        curate(dataclasses.replace(EXAMPLE, regions=(region,)))
+
+
+@given(nps.arrays(bool, nps.array_shapes(min_dims=2, max_dims=2, max_side=8)))
+def test_box_from_mask_is_the_smallest_that_holds_it(mask):
+    x0, y0, x1, y1 = box_from_mask(mask).astype(int)
+    inside = mask[y0:y1, x0:x1]
+    assert inside.sum() == mask.sum()
+    if mask.any():
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+    else:
+        assert (x0, y0, x1, y1) == (0, 0, 0, 0)
+
+
+@given(st.text(), st.text(), st.floats(0, 1), st.floats(0, 1))
+def test_split_goes_by_patient_and_only_grows(image_id, patient_id, first, second):
+    example = dataclasses.replace(EXAMPLE, image_id=image_id, patient_id=patient_id)
+    other = dataclasses.replace(example, image_id=image_id + "x" if patient_id else image_id, dataset="other")
+    small, large = sorted((first, second))
+    assert split_of(example, small) == split_of(other, small)
+    if split_of(example, small) == "validation":
+        assert split_of(example, large) == "validation"
+
+
+def test_split_is_what_it_was():
+    examples = [dataclasses.replace(EXAMPLE, image_id=str(i)) for i in range(1000)]
+    held_out = [i for i, example in enumerate(examples) if split_of(example, 0.2) == "validation"]
+    assert held_out[:6] == [7, 15, 18, 20, 25, 36]
+    assert 160 < len(held_out) < 240
+    assert held_out != [i for i, example in enumerate(examples) if split_of(example, 0.2, seed=1) == "validation"]
+
+
+def test_names_are_cleaned_as_glip_does():
+    assert clean_name("lung_(left (big))  nodule_A") == "lung nodule A"
+
+
+def test_known_names_become_the_labels_of_the_taxonomy():
+    assert name_region("RBC") == {
+        "phrase": "red blood cell",
+        "label": "red_blood_cell",
+        "granularity": "cell",
+        "parent": "",
+    }
+    assert name_region("tumor")["label"] == "tumor"
+    assert name_region("tumor", "lung")["label"] == "lung_tumor"
+    assert name_region("Odd_thing")["phrase"] == "Odd thing"
+    assert name_region("Odd_thing")["label"] == "Odd_thing"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "_", "(only brackets)"])
+def test_name_without_words_is_an_error(name):
+    with pytest.raises(SourceError, match="no words"):
+        name_region(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "modality"),
+    [("CT", "ct"), ("X-Ray", "xray"), ("MRI-T1-Gd", "mri"), ("pathology", "histopathology"), ("chest", ""), ("", "")],
+)
+def test_modalities_by_their_usual_names(name, modality):
+    assert find_modality(name) == modality
+
+
+def test_patient_hash_is_stable_and_hides_the_id():
+    assert hash_patient("Doe") == hash_patient("Doe") != hash_patient("Roe")
+    assert "Doe" not in hash_patient("Doe")
