@@ -19,8 +19,14 @@ def get_config() -> ConfigDict:
     config.data.eval = ""  # records to evaluate on; "" trains without evaluation
     config.data.batch_size = 64  # images in a global batch
     config.data.eval_batch_size = 64  # images in a global evaluation batch
-    config.data.canvas = (800, 1344)  # height, width in pixels: every image is resized into it and padded right and below
-    config.data.scale_range = (0.6, 1.0)  # training size relative to the canvas (480 to 800 of the original's short side)
+    config.data.canvas = (
+        800,
+        1344,
+    )  # height, width in pixels: every image is resized into it and padded right and below
+    config.data.scale_range = (
+        0.6,
+        1.0,
+    )  # training size relative to the canvas (480 to 800 of the original's short side)
     config.data.flip_probability = 0.5  # horizontal flips; left and right are swapped in the phrases too
     config.data.max_boxes = 128  # boxes an image; more are an error in the loader's count, never a silent loss
     config.data.tokenizer = ""  # folder or hub name of a fast tokenizer; "" is the bundled medical WordPiece
@@ -79,7 +85,9 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-4  # peak, AdamW
     config.optimizer.text_scale = 0.1  # rate of the text encoder over the rate
-    config.optimizer.bias_scale = 2.0  # rate of every parameter with 'bias' in its exported name over the rate; these do not decay
+    config.optimizer.bias_scale = (
+        2.0  # rate of every parameter with 'bias' in its exported name over the rate; these do not decay
+    )
     config.optimizer.weight_decay = 1e-4  # decoupled, scaled by the rate
     config.optimizer.b1 = 0.9  # AdamW
     config.optimizer.b2 = 0.999  # AdamW
@@ -101,7 +109,10 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # shards heads and hidden widths
     # First pattern (re.search on the parameter's path) wins; the spec names a mesh axis, or None, for each dimension.
     config.sharding_rules = (
-        (r"(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel", ("fsdp", "tensor")),
+        (
+            r"(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel",
+            ("fsdp", "tensor"),
+        ),
         (r"(attention_output|proj|output|fc2|out_v_proj|out_l_proj)/kernel", ("tensor", "fsdp")),
         (r"word_embeddings/embedding", ("tensor", "fsdp")),
         (r".*", ()),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import gelu, layer_norm, torch_bias_init, torch_kernel_init
+from medglip_jax.model.layers import Dense, gelu, layer_norm, torch_bias_init, torch_kernel_init
 
 Array = jax.Array
 
@@ -32,10 +32,10 @@ class BertLayer(nn.Module):
         dropout = nn.Dropout(config.dropout, deterministic=not train)
         head_size = config.hidden_size // config.num_heads
 
-        def dense(name: str, features: int, fan_in: int) -> nn.Dense:
+        def dense(name: str, features: int, fan_in: int) -> Dense:
             kernel_init = torch_kernel_init if self.in_tower else _init
             bias_init = torch_bias_init(fan_in) if self.in_tower else nn.initializers.zeros
-            return nn.Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name=name)
+            return Dense(features, kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name=name)
 
         def clamp(y: Array) -> Array:
             return jnp.clip(y, -_LIMIT, _LIMIT) if self.in_tower else y

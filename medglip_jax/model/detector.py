@@ -11,7 +11,7 @@ from medglip_jax.model.bert import Bert, BertLayer
 from medglip_jax.model.dyhead import DyConv
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.fusion import VLFuse
-from medglip_jax.model.layers import torch_bias_init, torch_kernel_init
+from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
 from medglip_jax.model.swin import Swin
 
 Array = jax.Array
@@ -65,15 +65,15 @@ class Head(nn.Module):
         compute = jnp.promote_types(self.dtype, jnp.float32)
         pixels = flatten_levels(levels)  # [B, N, C]
 
-        box = nn.Dense(4, kernel_init=small, dtype=self.dtype, name="box")
+        box = Dense(4, kernel_init=small, dtype=self.dtype, name="box")
         scaled = [
             box(x).astype(compute) * self.param(f"scale_{i}", nn.initializers.ones, ()) for i, x in enumerate(levels)
         ]
-        centerness = nn.Dense(1, kernel_init=small, dtype=self.dtype, name="centerness")(pixels)
+        centerness = Dense(1, kernel_init=small, dtype=self.dtype, name="centerness")(pixels)
 
         text = text.astype(compute)
         embedding = text / jnp.maximum(jnp.linalg.norm(text, axis=-1, keepdims=True), 1e-12)  # [B, L, D]
-        tokens = nn.Dense(
+        tokens = Dense(
             channels,
             kernel_init=torch_kernel_init,
             bias_init=torch_bias_init(hidden),

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import hard_sigmoid, torch_bias_init, torch_kernel_init
+from medglip_jax.model.layers import Dense, hard_sigmoid, torch_bias_init, torch_kernel_init
 from medglip_jax.ops.deform_conv import Reading, deform_convs
 
 Array = jax.Array
@@ -62,9 +62,9 @@ class DynamicReLU(nn.Module):
         c = x.shape[-1]
         hidden = c // self.reduction
 
-        def dense(name: str, features: int, fan_in: int) -> nn.Dense:
+        def dense(name: str, features: int, fan_in: int) -> Dense:
             init = {"kernel_init": torch_kernel_init, "bias_init": torch_bias_init(fan_in)}
-            return nn.Dense(features, dtype=self.dtype, name=name, **init)
+            return Dense(features, dtype=self.dtype, name=name, **init)
 
         pooled = x.mean(axis=(1, 2))
         y = dense("fc1", 4 * c, hidden)(nn.relu(dense("fc0", hidden, c)(pooled)))
@@ -99,7 +99,7 @@ class DyConv(nn.Module):
             dtype=self.dtype,
             name="offset",
         )
-        attention = nn.Dense(1, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype, name="scale_attention")
+        attention = Dense(1, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype, name="scale_attention")
         activation = DynamicReLU(self.dtype, name="relu")
         # Positions on a map of a hundred pixels and more need more than bfloat16's eight bits.
         position_dtype = jnp.promote_types(self.dtype, jnp.float32)

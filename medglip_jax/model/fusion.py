@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import layer_norm
+from medglip_jax.model.layers import Dense, layer_norm
 
 Array = jax.Array
 
@@ -40,8 +40,8 @@ class VLFuse(nn.Module):
         heads, head_size = config.fusion_heads, config.fusion_dim // config.fusion_heads
         dropout = nn.Dropout(config.fusion_dropout, deterministic=not train)
 
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, kernel_init=_init, dtype=self.dtype, name=name)
+        def dense(name: str, features: int) -> Dense:
+            return Dense(features, kernel_init=_init, dtype=self.dtype, name=name)
 
         def split(name: str, x: Array) -> Array:
             return dense(name, config.fusion_dim)(x).reshape(*x.shape[:2], heads, head_size)

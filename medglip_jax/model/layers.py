@@ -34,6 +34,18 @@ def hard_sigmoid(x: Array) -> Array:
     return jnp.clip(x + 3, 0, 6) / 6
 
 
+class Dense(nn.Dense):
+    """`nn.Dense` on a plain matrix of rows: [..., K] -> [..., N], with the same parameters.
+
+    For maps with several leading axes XLA chooses transposed layouts for the kernel's gradient on CPUs, which costs
+    three to four times the matrix products themselves; on rows it does not. Elsewhere the reshape is free.
+    """
+
+    def __call__(self, inputs: Array) -> Array:
+        rows = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
+        return rows.reshape(*inputs.shape[:-1], self.features)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, drops the whole residual of an example with probability `rate`."""
 

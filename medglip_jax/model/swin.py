@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import DropPath, gelu, layer_norm
+from medglip_jax.model.layers import Dense, DropPath, gelu, layer_norm
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ class WindowAttention(nn.Module):
             x = jnp.roll(x, (-self.shift, -self.shift), (1, 2))
         x = partition_windows(x, window)  # [B, N, T, C]
 
-        qkv = nn.Dense(3 * c, kernel_init=_init, dtype=self.dtype, name="qkv")(x)
+        qkv = Dense(3 * c, kernel_init=_init, dtype=self.dtype, name="qkv")(x)
         query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, heads, c // heads), -3, 0)  # [B, N, T, h, d]
         logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query * (c // heads) ** -0.5, key).astype(
             jnp.promote_types(self.dtype, jnp.float32)
@@ -87,7 +87,7 @@ class WindowAttention(nn.Module):
             logits += shifted_window_mask(padded_h, padded_w, window, self.shift)[:, None]
         weights = nn.softmax(logits).astype(self.dtype)
         x = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, value).reshape(x.shape)
-        x = nn.Dense(c, kernel_init=_init, dtype=self.dtype, name="proj")(x)
+        x = Dense(c, kernel_init=_init, dtype=self.dtype, name="proj")(x)
 
         x = merge_windows(x, padded_h, padded_w)
         if self.shift:
@@ -112,8 +112,8 @@ class SwinBlock(nn.Module):
         y = WindowAttention(self.num_heads, self.window, self.shift, self.dtype, name="attention")(y)
         x = x + DropPath(self.drop_path)(y, train)
         y = layer_norm("norm2", _EPSILON, self.dtype)(x)
-        y = nn.Dense(self.mlp_ratio * c, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
-        y = nn.Dense(c, kernel_init=_init, dtype=self.dtype, name="fc2")(gelu(y))
+        y = Dense(self.mlp_ratio * c, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
+        y = Dense(c, kernel_init=_init, dtype=self.dtype, name="fc2")(gelu(y))
         return x + DropPath(self.drop_path)(y, train)
 
 
@@ -129,7 +129,7 @@ class PatchMerging(nn.Module):
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
         x = x.reshape(b, h // 2, w // 2, 4 * c)
         x = layer_norm("norm", _EPSILON, self.dtype)(x)
-        return nn.Dense(2 * c, use_bias=False, kernel_init=_init, dtype=self.dtype, name="reduction")(x)
+        return Dense(2 * c, use_bias=False, kernel_init=_init, dtype=self.dtype, name="reduction")(x)
 
 
 class PatchEmbed(nn.Module):

@@ -34,7 +34,7 @@ def sampling_positions(offsets: Array, stride: int) -> Array:
     b, h, w, _ = offsets.shape
     taps = np.stack(np.divmod(np.arange(9), 3), axis=-1) - 1  # [9, 2]
     centres = np.stack(np.meshgrid(np.arange(h) * stride, np.arange(w) * stride, indexing="ij"), axis=-1)  # [h, w, 2]
-    return (centres[:, :, None] + taps).astype(offsets.dtype) + offsets.reshape(b, h, w, 9, 2)
+    return jnp.asarray(centres[:, :, None] + taps, offsets.dtype) + offsets.reshape(b, h, w, 9, 2)
 
 
 def deform_convs(levels: Sequence[Array], groups: Sequence[tuple[Array, Sequence[Reading]]]) -> list[list[Array]]:

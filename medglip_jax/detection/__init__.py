@@ -1,0 +1,1 @@
+"""From the dense outputs of the detector to losses and detections: pure functions on arrays."""

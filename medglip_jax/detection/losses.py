@@ -1,0 +1,130 @@
+"""The three losses of GLIP's dense head (mmdetection's ATSSVLFusionHead, with its fine-tuning targets).
+
+Sums run over the whole batch that the arrays hold. Under jit on a mesh that is the global batch, so that an image
+weighs the same on one device and on a pod.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from medglip_jax.detection.anchors import decode_boxes, level_shapes, make_anchors
+from medglip_jax.detection.assign import assign_anchors
+from medglip_jax.detection.boxes import as_float, giou, inclusive
+
+
+def focal_loss(logits: jax.Array, targets: jax.Array, alpha: float, gamma: float) -> jax.Array:
+    """Returns the sigmoid focal loss of each logit (Lin et al., arXiv 1708.02002), finite for every finite logit.
+
+    Args:
+        logits: float[...].
+        targets: bool[...], broadcasts against `logits`.
+        alpha: weight of true targets; false ones get 1 - alpha.
+        gamma: power of the probability of being wrong.
+    """
+    wrong = jnp.where(targets, -logits, logits)  # logit of the probability that the prediction is wrong
+    weight = jnp.where(targets, alpha, 1 - alpha)
+    return weight * jnp.exp(gamma * jax.nn.log_sigmoid(wrong)) * jax.nn.softplus(wrong)
+
+
+def centerness_targets(anchors: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Returns how central each anchor lies in its box (Tian et al., arXiv 1904.01355): 1 in the middle, 0 at a side.
+
+    Args:
+        anchors: float[..., 4] inclusive boxes in pixels.
+        boxes: float[..., 4] inclusive boxes in pixels; broadcasts against `anchors`.
+
+    Returns:
+        float[...] in 0 to 1, and 0 for a centre outside its box.
+    """
+    centers = (anchors[..., :2] + anchors[..., 2:]) / 2
+    before, after = centers - boxes[..., :2], boxes[..., 2:] - centers
+    inside = jnp.all((before > 0) & (after > 0), axis=-1)
+    ratios = jnp.minimum(before, after) / jnp.maximum(before, after)
+    return jnp.sqrt(jnp.where(inside, ratios[..., 0] * ratios[..., 1], 0))
+
+
+def _token_loss(
+    token_logits: jax.Array,
+    assigned: jax.Array,
+    tokens: jax.Array,
+    attention_mask: jax.Array,
+    alpha: float,
+    gamma: float,
+) -> jax.Array:
+    """Returns the sum of the focal loss over anchors and real tokens; tokens [B, M, L] bool, assigned [B, N]."""
+    targets = jnp.take_along_axis(tokens, jnp.maximum(assigned, 0)[..., None], axis=1)  # [B, N, L]
+    targets &= (assigned >= 0)[..., None]
+    losses = focal_loss(token_logits, targets, alpha, gamma)
+    return jnp.sum(losses, where=(attention_mask > 0)[:, None])
+
+
+def detection_losses(
+    outputs: Mapping[str, jax.Array], batch: Mapping[str, Any], config: ConfigDict | FrozenConfigDict
+) -> dict[str, jax.Array]:
+    """Computes the training loss of a batch.
+
+    An anchor is positive when ATSS gives it to a box that has tokens. Token targets are 1 on the tokens of that box's
+    phrase (`positive_map > 0`) and 0 elsewhere; padding tokens carry no loss. The token loss and the centerness loss
+    are divided by the number of positives, the box loss by the sum of the centerness targets that weigh it, neither by
+    less than 1. Anchors in the padding of the canvas are background.
+
+    Args:
+        outputs: the detector's token_logits [B, N, L], box_deltas [B, N, 4] and centerness [B, N] (logits).
+        batch: image [B, H, W, 3] (its shape alone is read), attention_mask [B, L], boxes [B, M, 4] (half-open canvas
+            pixels), box_mask [B, M], positive_map [B, M, L].
+        config: `config.detection` of a recipe.
+
+    Returns:
+        Scalars of float32, or float64 where the outputs are: loss (the weighted sum), loss_token, loss_box,
+        loss_centerness (each with its weight), num_positives.
+
+    Raises:
+        ValueError: the outputs do not have the number of anchors that the image's size gives.
+    """
+    token_logits, deltas, centerness = (as_float(outputs[k]) for k in ("token_logits", "box_deltas", "centerness"))
+    height, width = batch["image"].shape[1:3]
+    all_anchors, _ = make_anchors(height, width, config.strides, config.anchor_scale)
+    if token_logits.shape[1] != len(all_anchors):
+        raise ValueError(
+            f"detection_losses: token_logits have {token_logits.shape[1]} anchors, but a canvas of {height}x{width} "
+            f"pixels with strides {tuple(config.strides)} has {len(all_anchors)}; give the image that the model saw."
+        )
+    anchors = jnp.asarray(all_anchors, deltas.dtype)
+    boxes = jnp.asarray(batch["boxes"], deltas.dtype)
+    tokens = jnp.asarray(batch["positive_map"]) > 0  # [B, M, L]
+    box_mask = jnp.asarray(batch["box_mask"])
+
+    shapes = level_shapes(height, width, config.strides)
+    assigned = jax.vmap(lambda b, m: assign_anchors(anchors, shapes, b, m, config.atss_topk))(boxes, box_mask)
+    nearest = jnp.maximum(assigned, 0)  # [B, N]
+    positive = (assigned >= 0) & jnp.take_along_axis(tokens.any(axis=-1), nearest, axis=1)
+    num_positives = jnp.sum(positive, dtype=deltas.dtype)
+    normalizer = jnp.maximum(num_positives, 1)
+
+    # Recomputed in the backward pass: nothing of size [B, N, L] is kept for it but the logits.
+    token_loss = jax.checkpoint(_token_loss, static_argnums=(4, 5))
+    loss_token = token_loss(
+        token_logits, assigned, tokens, jnp.asarray(batch["attention_mask"]), config.focal_alpha, config.focal_gamma
+    )
+
+    targets = inclusive(jnp.take_along_axis(boxes, nearest[..., None], axis=1))  # [B, N, 4]
+    quality = jnp.where(positive, centerness_targets(inclusive(anchors), targets), 0)  # [B, N]
+    overlap = giou(inclusive(decode_boxes(anchors, deltas)), targets)
+    loss_box = jnp.sum(quality * (1 - overlap), where=positive)
+    # Binary cross-entropy against a soft target, from the logit.
+    loss_centerness = jnp.sum(jax.nn.softplus(centerness) - quality * centerness, where=positive)
+
+    loss_token = config.token_loss_weight * loss_token / normalizer
+    loss_box = config.box_loss_weight * loss_box / jnp.maximum(jnp.sum(quality), 1)
+    loss_centerness = config.centerness_loss_weight * loss_centerness / normalizer
+    return {
+        "loss": loss_token + loss_box + loss_centerness,
+        "loss_token": loss_token,
+        "loss_box": loss_box,
+        "loss_centerness": loss_centerness,
+        "num_positives": num_positives,
+    }

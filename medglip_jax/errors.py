@@ -1,0 +1,38 @@
+"""How the commands report mistakes: one line on stderr and exit status 1."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+Main = Callable[[list[str] | None], int | None]
+
+
+def reports_errors(main: Main) -> Callable[..., int]:
+    """Wraps an entry point: what is wrong with the user's input becomes one line instead of a traceback.
+
+    Our own code reports a user's mistake with a ValueError or an OSError whose message says what to do. Set
+    MEDGLIP_TRACEBACK=1 to see where it was raised. Any other exception is a bug and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except (ValueError, OSError) as error:
+            if os.environ.get("MEDGLIP_TRACEBACK"):
+                raise
+            print(f"error: {describe(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as interrupt:
+            print(str(interrupt) or "interrupted", file=sys.stderr)
+            return 130
+
+    return run
+
+
+def describe(error: Exception) -> str:
+    """Returns the message of an error; of the operating system's errors, the file and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The few kernels that own their speed, each tested against a plain reference."""
