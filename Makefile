@@ -8,8 +8,9 @@ bin := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
+# Two devices on the CPU: XLA runs many of the small operations on one core each.
 demo: $(VENV)/.installed
-	$(bin)/python -m medglip_jax.demo --workdir $(WORKDIR) $(if $(DATA),--data "$(DATA)")
+	JAX_NUM_CPU_DEVICES=2 $(bin)/python -m medglip_jax.demo --workdir $(WORKDIR) $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.installed-dev
 	$(bin)/python -m pytest

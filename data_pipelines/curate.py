@@ -135,7 +135,12 @@ def find_modality(name: str) -> str:
 
 def hash_patient(patient: str) -> str:
     """Returns a stable id that does not show the patient's own."""
-    return hashlib.sha256(patient.encode()).hexdigest()[:16]
+    return _digest(patient).hex()[:16]
+
+
+def _digest(text: str) -> bytes:
+    # File names that are not UTF-8 come with lone surrogates, which the default would refuse.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
 def split_of(example: GroundingExample, eval_fraction: float, seed: int = 0) -> str:
@@ -145,7 +150,7 @@ def split_of(example: GroundingExample, eval_fraction: float, seed: int = 0) -> 
     fraction only moves images from train to validation.
     """
     key = f"{seed}:{example.patient_id or example.image_id}"
-    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    share = int.from_bytes(_digest(key)[:8], "big") / 2**64
     return "validation" if share < eval_fraction else "train"
 
 

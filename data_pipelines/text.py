@@ -45,8 +45,9 @@ class PromptTooLong(ValueError):
         self.phrases, self.num_tokens, self.max_tokens = tuple(phrases), num_tokens, max_tokens
         named = ", ".join(repr(phrase) for phrase in phrases[:_NAMED])
         more = f" and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""
+        fallen = f": {named}{more} fell off" if phrases else ""
         super().__init__(
-            f"the prompt needs {num_tokens} tokens and {max_tokens} are allowed: {named}{more} fell off; "
+            f"the prompt needs {num_tokens} tokens and {max_tokens} are allowed{fallen}; "
             "use fewer or shorter phrases, or raise config.data.max_tokens"
         )
 
@@ -302,19 +303,22 @@ def sample_prompt(
             return prompt, regions
         except PromptTooLong:
             pass
-    positives = list(dict.fromkeys(_strip(region.phrase) for region in regions))
+    # By name: of "Nodule" and "nodule" each would be a negative for the boxes of the other.
+    positives: dict[str, str] = {}
+    for region in regions:
+        positives.setdefault(normalize_name(region.phrase), _strip(region.phrase))
     count = max_negatives
     if max_negatives and rng.random() >= full_negatives_probability:
         count = int(rng.integers(1, max_negatives, endpoint=True))
     negatives = []
-    free = _budget(tokenizer, max_tokens) - sum(_cost(phrase, tokenizer) for phrase in positives)
+    free = _budget(tokenizer, max_tokens) - sum(_cost(phrase, tokenizer) for phrase in positives.values())
     for phrase in vocabulary.sample_negatives(example, rng, count):
         cost = _cost(phrase, tokenizer)
         if cost <= free:
             free -= cost
             negatives.append(phrase)
     while True:
-        phrases = positives + negatives
+        phrases = [*positives.values(), *negatives]
         phrases = [phrases[i] for i in rng.permutation(len(phrases))]
         try:
             prompt = build_prompt(phrases, tokenizer, max_tokens)
@@ -323,13 +327,13 @@ def sample_prompt(
             if not negatives:
                 raise
             negatives.pop()
-    row = {phrase: k for k, phrase in enumerate(prompt.phrases)}
-    rows = [row[_strip(region.phrase)] for region in regions]
+    row = {normalize_name(phrase): k for k, phrase in enumerate(prompt.phrases)}
+    rows = [row[normalize_name(region.phrase)] for region in regions]
     names = tuple(prompt.phrases[k] for k in rows)
     return dataclasses.replace(prompt, positive_map=prompt.positive_map[rows], phrases=names), regions
 
 
-_SIDE = re.compile(r"(?<![^\W_])(?:left|right)(?![^\W_])", re.IGNORECASE)
+_SIDE = re.compile(r"(?<![^\W_])(?ai:left|right)(?![^\W_])")  # ASCII: else the Turkish letters match an "i"
 
 
 def _other_side(match: re.Match) -> str:
@@ -339,9 +343,9 @@ def _other_side(match: re.Match) -> str:
 
 
 def swap_sides(text: str) -> str:
-    """Swaps left and right as a mirror does, keeping their case, in sentences and in labels ("left_lung").
+    """Swaps left and right as a mirror does, in sentences and in labels ("left_lung"); twice gives the text back.
 
-    Only whole words: "leftmost" and "bright" stay as they are.
+    Only whole words: "leftmost" and "bright" stay as they are. Keeps lower case, a capital first letter, and capitals.
     """
     return _SIDE.sub(_other_side, text)
 

@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 from typing import Any
 
-from tokenizers import Tokenizer
+import tokenizers
 
 BUNDLED = pathlib.Path(__file__).with_name("tokenizer")
 _REMEMBERED = 65536  # phrases whose number of tokens is kept
@@ -37,41 +37,56 @@ class TextTokenizer:
         num_leading, num_trailing: special tokens before and after a text ([CLS] and [SEP] in BERT).
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: dict[str, Any]):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any]):
         """Takes over `tokenizer`; `config` is the content of its tokenizer_config.json.
 
         Raises:
-            ValueError: it has no padding token.
+            ValueError: it has no padding token, or no tokens but special ones.
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer, self._config = tokenizer, config
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+        added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+        if not any(character.isalnum() for token in vocabulary.keys() - added for character in token):
+            # transformers makes such a tokenizer of a folder that has only a config.json.
+            raise ValueError("it has no tokens but special ones: the file of its vocabulary is missing")
         declared = config.get("pad_token")
         declared = declared["content"] if isinstance(declared, dict) else declared
         candidates = (tokenizer.token_to_id(token) for token in (declared, *_PAD_TOKENS) if token)
         self.pad_id = next((id_ for id_ in candidates if id_ is not None), -1)
         if self.pad_id < 0:
-            raise ValueError("the tokenizer has no padding token: name one as pad_token in its tokenizer_config.json")
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+            raise ValueError("it has no padding token: name one as pad_token in its tokenizer_config.json")
+        self.vocab_size = max(vocabulary.values()) + 1
         special = tokenizer.encode("a").special_tokens_mask
         self.num_leading = special.index(0)
         self.num_trailing = special[::-1].index(0)
         self._lengths: dict[str, int] = {}
 
     def encode(self, text: str) -> Encoding:
-        """Tokenises a text and adds the special tokens."""
-        encoding = self._tokenizer.encode(text)
+        """Tokenises a text and adds the special tokens.
+
+        Raises:
+            ValueError: the text has lone surrogates.
+        """
+        encoding = self._encode(text)
         return Encoding(encoding.ids, encoding.offsets)
 
     def count(self, phrase: str) -> int:
         """Returns the number of tokens of a phrase, without special tokens; remembered, phrases come again."""
         length = self._lengths.get(phrase)
         if length is None:
-            length = len(self._tokenizer.encode(phrase, add_special_tokens=False).ids)
+            length = len(self._encode(phrase, add_special_tokens=False).ids)
             if len(self._lengths) >= _REMEMBERED:
                 self._lengths.clear()
             self._lengths[phrase] = length
         return length
+
+    def _encode(self, text: str, add_special_tokens: bool = True) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError:  # of tokenizers, which only says that it must be str
+            raise ValueError(f"{text!r} is no valid Unicode text: where it comes from was not read as UTF-8") from None
 
     def save(self, directory: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, and for WordPiece the vocab.txt that older tools read."""
@@ -97,21 +112,21 @@ def load_tokenizer(name_or_dir: str = "") -> TextTokenizer:
     unless it is in the local cache.
 
     Raises:
-        ValueError: there is no such tokenizer, it is no fast one, or it has no padding token.
+        ValueError: there is no such tokenizer, it is no fast one, or it has no padding token or no vocabulary.
     """
     directory = pathlib.Path(name_or_dir) if name_or_dir else BUNDLED
     if not (directory / "tokenizer.json").is_file():
         return _load_with_transformers(name_or_dir)
-    try:
-        return _load_folder(directory)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ValueError(f"the tokenizer in {directory} cannot be used: {error}") from error
+    return _load_folder(directory, str(directory))
 
 
-def _load_folder(directory: pathlib.Path) -> TextTokenizer:
+def _load_folder(directory: pathlib.Path, name: str) -> TextTokenizer:
     config = directory / "tokenizer_config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return TextTokenizer(Tokenizer.from_file(str(directory / "tokenizer.json")), content)
+    try:
+        content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        return TextTokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), content)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(f"the tokenizer {name!r} cannot be used: {error}") from error
 
 
 def _load_with_transformers(name_or_dir: str) -> TextTokenizer:
@@ -121,11 +136,11 @@ def _load_with_transformers(name_or_dir: str) -> TextTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(name_or_dir)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer {name_or_dir!r}: expected a folder with tokenizer.json, a name on the Hugging Face hub, "
-            f'or "" for the bundled one ({error})'
+            f"no tokenizer {name_or_dir!r}: expected a folder with tokenizer.json, or with its vocabulary and "
+            f'config.json, a name on the Hugging Face hub, or "" for the bundled one ({error})'
         ) from error
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         if not os.path.isfile(os.path.join(directory, "tokenizer.json")):
             raise ValueError(f"{name_or_dir!r} has no fast tokenizer, and its offsets are needed: choose one that has")
-        return _load_folder(pathlib.Path(directory))
+        return _load_folder(pathlib.Path(directory), name_or_dir)

@@ -3,7 +3,8 @@
     python -m data_pipelines.train_tokenizer [--output DIR]
 
 The words of the taxonomy and of short reports get a token each; any other word is spelled from pieces that many words
-share and from single characters, so that no plain ASCII text becomes [UNK]. The same taxonomy gives the same files.
+share and from single characters, so that no plain ASCII word of up to 100 characters becomes [UNK]. The same taxonomy
+gives the same files.
 """
 
 import argparse

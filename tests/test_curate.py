@@ -83,6 +83,13 @@ def test_split_is_what_it_was():
     assert held_out != [i for i, example in enumerate(examples) if split_of(example, 0.2, seed=1) == "validation"]
 
 
+def test_ids_of_files_whose_names_are_not_utf8_have_a_split_and_a_hash():
+    for text in ("sch\udce4del", "\ud800"):
+        example = dataclasses.replace(EXAMPLE, image_id=text)
+        assert split_of(example, 0.5) == split_of(dataclasses.replace(example, image_id="x", patient_id=text), 0.5)
+        assert hash_patient(text) == hash_patient(text) != hash_patient("sch?del")
+
+
 def test_names_are_cleaned_as_glip_does():
     assert clean_name("lung_(left (big))  nodule_A") == "lung nodule A"
 

@@ -13,6 +13,7 @@ from data_pipelines.schema import GRANULARITIES, MODALITIES
 
 LABELS_FILE = pathlib.Path(__file__).with_name("labels.yaml")
 SIDES = ("left", "right", "none")
+_LISTS = ("synonyms", "modalities")  # fields that hold several texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,10 +113,13 @@ def parse_taxonomy(text: str) -> Taxonomy:
     """Reads a taxonomy in the format of labels.yaml.
 
     Raises:
-        ValueError: it is no mapping of ids to entries, an id occurs twice, an entry has an unknown or no needed
-            field, or contradicts the rest; the message names the entry.
+        ValueError: it is no YAML, no mapping of ids to entries, an id occurs twice, an entry has an unknown or no
+            needed field, or contradicts the rest; the message names the entry.
     """
-    entries = yaml.load(text, Loader=_UniqueKeyLoader)
+    try:
+        entries = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"a taxonomy must be valid YAML: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"a taxonomy is a mapping of label ids to their fields, not {type(entries).__name__}")
     return Taxonomy({str(id_): _parse_label(str(id_), entry) for id_, entry in entries.items()})
@@ -132,9 +136,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key) for key, _ in node.value]
-        for key in keys:
+        for key, (key_node, _) in zip(keys, node.value, strict=True):
             if keys.count(key) > 1:
-                raise ValueError(f"label {key!r}: the entry occurs twice")
+                raise ValueError(f"{key!r} occurs twice, first in line {key_node.start_mark.line + 1}; keep one")
         return super().construct_mapping(node, deep)
 
 
@@ -142,12 +146,14 @@ def _parse_label(id_: str, entry: Any) -> Label:
     fields = {field.name for field in dataclasses.fields(Label)} - {"id"}
     if not isinstance(entry, dict):
         raise ValueError(f"label {id_!r}: expected fields ({', '.join(sorted(fields))}), found {entry!r}")
-    if unknown := sorted(set(entry) - fields):
+    if unknown := [field for field in entry if field not in fields]:
         raise ValueError(f"label {id_!r}: unknown field {unknown[0]!r}; known: {', '.join(sorted(fields))}")
     if "granularity" not in entry:
         raise ValueError(f"label {id_!r}: has no granularity")
-    for field in ("synonyms", "modalities"):
-        if not isinstance(entry.get(field, []), list):
-            raise ValueError(f"label {id_!r}: {field} must be a list, found {entry[field]!r}")
-    lists = {field: tuple(str(item) for item in entry.get(field, ())) for field in ("synonyms", "modalities")}
+    for field, value in entry.items():
+        items = value if field in _LISTS else [value]
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            kind = "a list of texts" if field in _LISTS else "a text"
+            raise ValueError(f"label {id_!r}: {field} must be {kind}, found {value!r}; YAML needs 'no' and '5' quoted")
+    lists = {field: tuple(entry.get(field, ())) for field in _LISTS}
     return Label(**{"name": id_.replace("_", " "), **entry, **lists, "id": id_})

@@ -1,0 +1,46 @@
+"""`medglip <command>`: one name for the entry points."""
+
+import difflib
+import importlib
+import importlib.metadata
+import sys
+
+COMMANDS = {
+    "build": ("data_pipelines.build", "make records from a folder of annotated images"),
+    "train": ("medglip_jax.train", "train a recipe of configs/, or go on with a run"),
+    "evaluate": ("medglip_jax.evaluate", "average precision of a checkpoint on records"),
+    "predict": ("medglip_jax.predict", "find phrases in images and draw the boxes"),
+    "export": ("medglip_jax.export", "write a checkpoint for PyTorch"),
+    "demo": ("medglip_jax.demo", "all of these in a few minutes, on phantoms or on your images"),
+}
+
+
+def usage() -> str:
+    """Returns the help text: every command with what it does."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: medglip <command> [options]", "", *lines, "", "`medglip <command> --help` lists the options of one."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 2 if there is no such command."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    command, *options = arguments
+    if command == "--version":
+        print(importlib.metadata.version("medglip_jax"))
+        return 0
+    if command not in COMMANDS:
+        nearest = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(COMMANDS)}"
+        print(f"error: medglip has no command {command!r}: {hint}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[command][0]).main(options) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Average precision on records, and its report."""

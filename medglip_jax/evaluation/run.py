@@ -1,0 +1,225 @@
+"""Evaluation on the training mesh: every process detects in its part of the records, all of them get the results."""
+
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax.linen import Module
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from data_pipelines.loader import eval_loader
+from data_pipelines.records import find_shards, read_examples
+from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer
+from data_pipelines.transforms import decode_image
+from medglip_jax.drawing import SheetEntry, contact_sheet
+from medglip_jax.evaluation.coco import GroundTruth, average_precision
+from medglip_jax.inference import Detections, Detector, make_detector, merge, stack_prompts
+from medglip_jax.parallel.mesh import batch_parts, to_global
+
+_HOST_KEYS = ("index", "valid", "scale", "original_size")
+_SHEET_SCORE = 0.3  # least score of a box on the contact sheet
+
+
+def local_batch_size(config: ConfigDict, mesh: Mesh) -> int:
+    """Returns the evaluation images of this process in a batch.
+
+    Raises:
+        ValueError: `data.eval_batch_size` cannot be split over the mesh.
+    """
+    parts = batch_parts(mesh)
+    if config.data.eval_batch_size % parts:
+        raise ValueError(
+            f"config.data.eval_batch_size is {config.data.eval_batch_size}: it must be a multiple of {parts}, "
+            "the mesh axes data times fsdp"
+        )
+    return config.data.eval_batch_size // jax.process_count()
+
+
+def _gather(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Brings arrays that are spread over all processes to each of them."""
+    return jax.device_get(batch) if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
+
+
+def _detect_batches(
+    detector: Detector,
+    params: Any,
+    config: ConfigDict,
+    records_path: str,
+    mesh: Mesh,
+    prompts: Sequence[dict[str, np.ndarray]],
+) -> Iterator[tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]]:
+    """Yields each batch's host arrays and its detections by every prompt; one batch runs ahead on the devices."""
+    loader = eval_loader(
+        config.data,
+        path=records_path,
+        batch_size=local_batch_size(config, mesh),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    waiting = None
+    for batch in loader:
+        images = to_global({key: batch[key] for key in ("image", "image_size")}, mesh)
+        found = [detector(params, **images, **prompt) for prompt in prompts]
+        host = to_global({key: batch[key] for key in _HOST_KEYS}, mesh) if jax.process_count() > 1 else batch
+        host = {key: host[key] for key in _HOST_KEYS}
+        if waiting is not None:
+            yield _gather(waiting[0]), [_gather(part) for part in waiting[1]]
+        waiting = host, found
+    if waiting is not None:
+        yield _gather(waiting[0]), [_gather(part) for part in waiting[1]]
+
+
+def detect_records(
+    model: Module,
+    params: Any,
+    config: ConfigDict,
+    records_path: str,
+    mesh: Mesh,
+    *,
+    tokenizer: TextTokenizer,
+    phrases: Sequence[str],
+    detector: Detector | None = None,
+) -> tuple[list[Detections], float]:
+    """Asks for all phrases in every image.
+
+    Phrases that do not fit one prompt go into several, and an image is seen once with each: the fusion mixes text into
+    the image's features, and what comes before it, the backbone, is computed again.
+
+    Args:
+        model, params: the detector and its parameters, on the mesh.
+        config: a recipe; reads `data` and `detection`.
+        records_path: DIR or DIR:SPLIT.
+        mesh: with the axes data, fsdp and tensor.
+        tokenizer: of the checkpoint.
+        phrases: what to ask for.
+        detector: of the model, from `make_detector`; None makes one, and compiles it.
+
+    Returns:
+        The detections of every image in the records' order, on every process: of each at most
+        `detection.max_detections`, best first; and images per second, of the batches after the first if there are any
+        (the first one compiles).
+    """
+    chunks = build_prompts(phrases, tokenizer, config.data.max_tokens)
+    stacked = stack_prompts([prompt for prompt, _ in chunks], config.data.max_tokens)  # one shape: one compilation
+    prompts = [{key: value[i : i + 1] for key, value in stacked.items()} for i in range(len(chunks))]
+    places = [indices for _, indices in chunks]
+
+    by_index: dict[int, Detections] = {}
+    started = time.perf_counter()
+    first = None  # images of the first batch, and when it was done
+    detector = detector or make_detector(model, config, mesh)
+    for host, parts in _detect_batches(detector, params, config, records_path, mesh, prompts):
+        for row in np.flatnonzero(host["valid"]):
+            by_index[int(host["index"][row])] = merge(
+                [{key: value[row] for key, value in part.items()} for part in parts],
+                places,
+                config.detection.max_detections,
+                scale=host["scale"][row],
+                size=tuple(host["original_size"][row]),
+            )
+        first = first or (len(by_index), time.perf_counter())
+    ended = time.perf_counter()
+    if first is None:
+        raise ValueError(f"{records_path} holds no images to evaluate on")
+    timed = (len(by_index) - first[0], ended - first[1])
+    images, seconds = timed if timed[0] else (len(by_index), ended - started)
+    return [by_index[index] for index in sorted(by_index)], images / seconds
+
+
+def evaluate_records(
+    model: Module,
+    params: Any,
+    config: ConfigDict,
+    records_path: str,
+    mesh: Mesh,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    sheet: str | os.PathLike | None = None,
+    sheet_images: int = 12,
+    detector: Detector | None = None,
+) -> dict[str, Any]:
+    """Measures average precision on records, asking for every phrase of their metadata in every image.
+
+    Args:
+        model, params: the detector and its parameters, on the mesh.
+        config: a recipe; reads `data` and `detection`.
+        records_path: DIR or DIR:SPLIT.
+        mesh: with the axes data, fsdp and tensor.
+        tokenizer: of the checkpoint; None loads `data.tokenizer`.
+        sheet: image file for a contact sheet of predicted and true boxes; None draws none.
+        sheet_images: images on it, spread evenly over the records.
+        detector: as in `detect_records`.
+
+    Returns:
+        What `average_precision` returns, with "seconds" of the whole evaluation and "images_per_second" of detection;
+        the same on every process. All of it goes into JSON.
+
+    Raises:
+        ValueError: the records hold no phrases or no images, the batch size does not fit the mesh, or the contact sheet
+            cannot be written under that name.
+        RecordsError: a shard is missing or damaged.
+    """
+    started = time.perf_counter()
+    records = find_shards(records_path)
+    phrases = sorted(records.metadata["phrases"])
+    if not phrases:
+        raise ValueError(f"{records_path}: no image of these records has a region, so there is nothing to evaluate")
+    if sheet:
+        _check_sheet(sheet, sheet_images)
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
+    detections, speed = detect_records(
+        model, params, config, records_path, mesh, tokenizer=tokenizer, phrases=phrases, detector=detector
+    )
+    results = None
+    if jax.process_index() == 0:  # only one reads the truth
+        truth, entries = [], []
+        shown = set(np.linspace(0, records.num_examples - 1, sheet_images).astype(int)) if sheet else set()
+        for index, example in enumerate(read_examples(records)):
+            truth.append(GroundTruth.of(example))
+            if index in shown:
+                entries.append(_sheet_entry(decode_image(example.image), truth[-1], detections[index], phrases))
+        if sheet:
+            contact_sheet(entries, sheet)
+        results = average_precision(truth, detections, phrases)
+        results |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
+    return _broadcast(results)
+
+
+def _check_sheet(path: str | os.PathLike, images: int) -> None:
+    """Finds mistakes that would else show when the detections are there, and lose them."""
+    if images < 1:
+        raise ValueError(f"sheet_images is {images}: a contact sheet needs at least one image")
+    if pathlib.Path(path).suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{os.fspath(path)}: a contact sheet is an image file; let its name end in .png")
+
+
+def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, phrases: Sequence[str]) -> SheetEntry:
+    kept = detections.scores >= _SHEET_SCORE
+    return SheetEntry(
+        image=image,
+        title=f"{truth.modality} · {truth.image_id}",
+        boxes=detections.boxes[kept],
+        labels=[phrases[int(i)] for i in detections.phrases[kept]],
+        scores=detections.scores[kept],
+        true_boxes=truth.boxes,
+        true_labels=truth.phrases,
+    )
+
+
+def _broadcast(results: dict[str, Any] | None) -> dict[str, Any]:
+    """Gives the first process's results to all."""
+    if jax.process_count() > 1:
+        text = np.frombuffer(json.dumps(results).encode(), np.uint8)
+        length = int(multihost_utils.broadcast_one_to_all(np.array(text.size)))
+        padded = np.resize(text, length)
+        results = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+    assert results is not None
+    return results

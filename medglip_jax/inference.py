@@ -1,0 +1,204 @@
+"""From images and prompts to detections: what evaluation and prediction share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import Module
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from medglip_jax.detection.postprocess import detect
+from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.parallel.rules import path_name
+
+if TYPE_CHECKING:
+    from data_pipelines.text import Prompt
+
+Detector = Callable[..., dict[str, jax.Array]]
+
+_LENGTHS = (64, 128, 256)  # tokens of the prompt buckets
+_BATCH_AXES = PartitionSpec(("data", "fsdp"))
+_LISTED = 5  # parameters that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Detections:
+    """What a model found in an image.
+
+    Attributes:
+        boxes: float[n, 4], x0 y0 x1 y1 in pixels of the original image, half-open.
+        scores: float[n].
+        phrases: int[n], places in the list of phrases.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    phrases: np.ndarray
+
+
+def power_of_two(count: int) -> int:
+    """Returns the smallest power of two that is at least `count`."""
+    return 1 << (max(count, 1) - 1).bit_length()
+
+
+def prompt_length(tokens: int, max_tokens: int) -> int:
+    """Returns the bucket of a prompt: 64, 128, 256 or `max_tokens`, whichever is the smallest that holds it.
+
+    Padding changes no result. Each padded token is one more query in the text direction of the fusion; in the image
+    direction and in the text layers it is masked, and it belongs to no phrase.
+    """
+    return min([length for length in _LENGTHS if tokens <= length <= max_tokens] or [max_tokens])
+
+
+def stack_prompts(prompts: "Sequence[Prompt]", max_tokens: int) -> dict[str, np.ndarray]:
+    """Pads prompts to one bucket of tokens (`prompt_length`) and of phrases (a power of two).
+
+    Returns:
+        input_ids and attention_mask int32[P, L], phrase_map float32[P, K, L] and phrase_valid bool[P, K].
+    """
+    length = prompt_length(max(int(prompt.attention_mask.sum()) for prompt in prompts), max_tokens)
+    num_phrases = power_of_two(max(len(prompt.phrases) for prompt in prompts))
+    phrase_map = np.zeros((len(prompts), num_phrases, length), np.float32)
+    phrase_valid = np.zeros((len(prompts), num_phrases), bool)
+    for place, prompt in enumerate(prompts):
+        count = len(prompt.phrases)
+        phrase_map[place, :count] = prompt.positive_map[:, :length]
+        phrase_valid[place, :count] = True
+    return {
+        "input_ids": np.stack([prompt.input_ids[:length] for prompt in prompts]),
+        "attention_mask": np.stack([prompt.attention_mask[:length] for prompt in prompts]),
+        "phrase_map": phrase_map,
+        "phrase_valid": phrase_valid,
+    }
+
+
+def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -> Detector:
+    """Returns the jitted function that finds phrases in a batch of images.
+
+    Args:
+        model: the detector.
+        config: a recipe; reads `data.canvas` and `detection`.
+        mesh: splits the batch over the axes data and fsdp; None runs on one device.
+
+    Returns:
+        detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
+        float32[B, D, 4] (canvas pixels, half-open), scores float32[B, D] and phrases int32[B, D] (-1 for empty places),
+        best first. image is uint8[B, H, W, 3], image_size int32[B, 2]; the others as `stack_prompts` returns them, for
+        one prompt an image (P = B) or one for all (P = 1).
+    """
+    height, width = config.data.canvas
+
+    def find(
+        outputs: dict[str, jax.Array], image_size: jax.Array, phrase_map: jax.Array, phrase_valid: jax.Array
+    ) -> dict[str, jax.Array]:
+        return detect(outputs, image_size, phrase_map, phrase_valid, config.detection, canvas=(height, width))
+
+    if mesh is not None:  # images do not depend on each other, which XLA does not see through top_k
+        find = jax.shard_map(find, mesh=mesh, in_specs=_BATCH_AXES, out_specs=_BATCH_AXES)
+
+    @jax.jit
+    def detector(
+        params: Any,
+        *,
+        image: jax.Array,
+        image_size: jax.Array,
+        input_ids: jax.Array,
+        attention_mask: jax.Array,
+        phrase_map: jax.Array,
+        phrase_valid: jax.Array,
+    ) -> dict[str, jax.Array]:
+        def spread(x: jax.Array) -> jax.Array:
+            x = jnp.broadcast_to(x, (image.shape[0], *x.shape[1:]))
+            return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _BATCH_AXES))
+
+        pixels = normalize_pixels(image, image_size)
+        outputs: Any = model.apply({"params": params}, pixels, spread(input_ids), spread(attention_mask), train=False)
+        return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
+
+    return detector
+
+
+def to_original(boxes: np.ndarray, scale: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Maps boxes from the canvas back to the image that was resized into it.
+
+    Args:
+        boxes: float[n, 4] in canvas pixels, half-open.
+        scale: float[2], canvas pixels per pixel of the original image: (y, x).
+        size: height and width of the original image; boxes are clipped to it.
+
+    Returns:
+        float32[n, 4] in pixels of the original image, half-open.
+    """
+    height, width = size
+    factors = np.array([scale[1], scale[0], scale[1], scale[0]], np.float64)
+    return np.clip(boxes / factors, 0, np.array([width, height, width, height])).astype(np.float32)
+
+
+def merge(
+    parts: Sequence[Mapping[str, np.ndarray]],
+    places: Sequence[Sequence[int]],
+    limit: int,
+    *,
+    scale: np.ndarray,
+    size: tuple[int, int],
+) -> Detections:
+    """Joins what several prompts found in an image.
+
+    A phrase is in one prompt only, so suppression within the phrase has happened already.
+
+    Args:
+        parts: a detector's boxes [D, 4], scores [D] and phrases [D] for each prompt.
+        places: of each prompt, the places of its phrases in the whole list.
+        limit: how many detections to keep, best first.
+        scale, size: of the image, as in `to_original`.
+
+    Returns:
+        Detections in pixels of the original image.
+    """
+    kept = [np.asarray(part["phrases"]) >= 0 for part in parts]
+    boxes, scores = (
+        np.concatenate([np.asarray(part[name])[keep] for part, keep in zip(parts, kept, strict=True)])
+        for name in ("boxes", "scores")
+    )
+    phrases = np.concatenate(
+        [
+            np.asarray(names, np.int32)[np.asarray(part["phrases"])[keep]]
+            for part, names, keep in zip(parts, places, kept, strict=True)
+        ]
+    )
+    order = np.argsort(-scores, kind="stable")[:limit]
+    return Detections(to_original(boxes[order], scale, size), scores[order], phrases[order])
+
+
+def parameter_shapes(model: Module, config: ConfigDict) -> dict[str, Any]:
+    """Returns the model's parameter tree with shapes and types in place of arrays; computes nothing."""
+    image = jax.ShapeDtypeStruct((1, *config.data.canvas, 3), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), image, tokens, tokens)["params"]
+
+
+def check_parameters(params: Any, model: Module, config: ConfigDict, checkpoint: str) -> None:
+    """Checks that parameters fit the model.
+
+    Raises:
+        ValueError: names the checkpoint and the first parameters that are missing, unknown or of another shape.
+    """
+    found, wanted = (
+        {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (params, parameter_shapes(model, config))
+    )
+    wrong = [path for path in sorted({*found, *wanted}) if found.get(path) != wanted.get(path)]
+    if wrong:
+        lines = [
+            f"  {path}: {found.get(path, 'missing')} in the checkpoint, {wanted.get(path, 'none')} in the model"
+            for path in wrong[:_LISTED]
+        ]
+        lines += [f"  and {len(wrong) - _LISTED} more"] * (len(wrong) > _LISTED)
+        raise ValueError(
+            f"{checkpoint} holds a model of another size than config.model describes; leave out --config to use the "
+            "checkpoint's own, or give the one it was trained with:\n" + "\n".join(lines)
+        )

@@ -1,0 +1,1 @@
+"""Devices: the mesh, which part of an array lies where, and the start on several hosts."""

@@ -1,0 +1,1 @@
+"""Training: state, optimizer, the step, checkpoints and what is logged."""

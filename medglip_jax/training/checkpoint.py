@@ -1,0 +1,224 @@
+"""Checkpoints of a run: the training state, the loader's position, and what a reader needs to know about them."""
+
+import os
+import pathlib
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from medglip_jax.configuration import CONFIG_FILE, load_config
+from medglip_jax.parallel.rules import match_rules, path_name, shardings
+from medglip_jax.training.state import TrainState
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+
+CHECKPOINTS = "checkpoints"  # folder in a run's working directory
+TOKENIZER = "tokenizer"  # folder in a run's working directory
+_LISTED = 5  # arrays that an error names
+
+
+class Checkpoints:
+    """The checkpoints of a run, WORKDIR/checkpoints/STEP; a context manager that ends with all of them written.
+
+    Writing goes on in the background of training. A checkpoint that was not finished is never read.
+    """
+
+    def __init__(self, workdir: PathLike, keep: int):
+        """Opens the checkpoints of a run.
+
+        Args:
+            workdir: the run's working directory; it is made if needed.
+            keep: how many of the newest to keep.
+
+        Raises:
+            ValueError: `keep` is less than 1.
+        """
+        import grain
+
+        if keep < 1:
+            raise ValueError(f"config.training.keep_checkpoints is {keep}: it must be at least 1")
+        self.directory = pathlib.Path(workdir).resolve() / CHECKPOINTS
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={  # pyright: ignore[reportArgumentType]
+                "state": ocp.StandardCheckpointHandler(),
+                "loader": grain.checkpoint.CheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until everything is written, and raises if that failed."""
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, or None; one that this process is still writing counts."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> pathlib.Path:
+        """Returns the folder of a checkpoint."""
+        return self.directory / str(step)
+
+    def save(self, step: int, state: TrainState, loader: Any = None) -> bool:
+        """Starts to write a checkpoint; returns once arrays and position are copied, so that both may move on.
+
+        Args:
+            step: steps taken.
+            state: of the run.
+            loader: Grain iterator whose next batch is the next to train on.
+
+        Returns:
+            Whether it is written: not if there is one of this step already.
+        """
+        import grain
+
+        if step in self._manager.all_steps():
+            return False
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(state),
+            "meta": ocp.args.JsonSave({"step": step, "processes": jax.process_count(), "jax": jax.__version__}),
+        }
+        if loader is not None:
+            items["loader"] = grain.checkpoint.CheckpointSave(loader)
+        return self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, target: TrainState, loader: Any = None, step: int | None = None) -> TrainState:
+        """Reads a checkpoint, on the mesh it was saved from or on another one.
+
+        Args:
+            target: shapes, types and shardings of the state to return, from `abstract_state`.
+            loader: Grain iterator to bring to the position at which the checkpoint was saved.
+            step: which checkpoint; None reads the newest.
+
+        Returns:
+            The state.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: the checkpoint is of another model, or the loader cannot take up its position.
+        """
+        import grain
+
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps())
+        step = (steps[-1] if steps else None) if step is None else step
+        if step not in steps or step is None:
+            raise FileNotFoundError(
+                f"{self.directory} holds no finished checkpoint{'' if step is None else f' {step}'}"
+            )
+        self._check_shapes(step, target)
+        if loader is not None:
+            self._check_loader(step)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
+        if loader is not None:
+            try:
+                self._manager.restore(step, args=ocp.args.Composite(loader=grain.checkpoint.CheckpointRestore(loader)))
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(
+                    f"{self.path(step)}: the loader cannot take up its position ({error!r}); "
+                    "resume with the config.data that the run was started with, num_workers included"
+                ) from error
+        return restored["state"]
+
+    def _check_shapes(self, step: int, target: TrainState) -> None:
+        metadata = self._manager.item_metadata(step).get("state")
+        if metadata is None:
+            raise ValueError(f"{self.path(step)} has no training state: it is damaged, or of another program")
+        found, wanted = _shapes(metadata.tree), _shapes(target)
+        for shapes in (found, wanted):
+            shapes.pop("rng", None)  # a typed key is stored as its words
+        wrong = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+        if wrong:
+            wrong.sort(key=lambda name: not name.startswith("params/"))  # their optimizer states come after them
+            lines = [
+                f"  {name}: {found.get(name, 'missing')} in the checkpoint, {wanted.get(name, 'none')} in this run"
+                for name in wrong[:_LISTED]
+            ]
+            lines += [f"  and {len(wrong) - _LISTED} more arrays"] * (len(wrong) > _LISTED)
+            raise ValueError(
+                f"{self.path(step)} is the checkpoint of another model or optimizer:\n"
+                + "\n".join(lines)
+                + f"\nresume with the run's own {CONFIG_FILE}, or start a new run in another --workdir"
+            )
+
+    def _check_loader(self, step: int) -> None:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta["processes"] != jax.process_count():
+            raise ValueError(
+                f"{self.path(step)} was saved by {meta['processes']} processes and this run has {jax.process_count()}: "
+                "the position in the data can only be taken up by as many"
+            )
+        if not (self.path(step) / "loader").is_dir():
+            raise ValueError(f"{self.path(step)} was saved without the loader's position")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def locate(path: PathLike) -> tuple[pathlib.Path, int | None]:
+    """Returns the working directory that a path means, and the step if it is the folder of one checkpoint."""
+    folder = pathlib.Path(path).resolve()
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
+        return folder.parent.parent, int(folder.name)
+    return folder, None
+
+
+def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None = None) -> tuple[Any, ConfigDict]:
+    """Reads the parameters of a checkpoint, without the optimizer.
+
+    Args:
+        path: a run's working directory (its newest checkpoint is read), or WORKDIR/checkpoints/STEP.
+        use_ema: read the averaged parameters, where the checkpoint has them; None does what the run's recipe says.
+        mesh: where to put the parameters, by the run's sharding rules; it need not be the mesh of the training.
+            None returns NumPy arrays.
+
+    Returns:
+        The parameters, and the recipe of the run.
+
+    Raises:
+        FileNotFoundError: it is not the folder of a run, or has no finished checkpoint yet.
+        ValueError: the recipe cannot be read, or the checkpoint is of another program.
+    """
+    workdir, step = locate(path)
+    if not (workdir / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{workdir} has no {CONFIG_FILE}: expected the --workdir of a training run")
+    config = load_config(workdir)
+    use_ema = config.evaluation.use_ema if use_ema is None else use_ema
+    directory = workdir / CHECKPOINTS
+    finished = {int(x.name): x for x in ocp.utils.checkpoint_steps_paths(directory) if x.name.isdigit()}
+    if not finished or step not in (None, *finished):
+        raise FileNotFoundError(f"{directory} holds no finished checkpoint{'' if step is None else f' {step}'}")
+    folder = finished[max(finished) if step is None else step] / "state"
+    reader = ocp.PyTreeCheckpointHandler()  # a CheckpointManager warns of every item that it is not asked for
+    tree = reader.metadata(folder).tree if folder.is_dir() else {}
+    name = "ema" if use_ema and tree.get("ema") else "params"
+    if not tree.get(name):
+        raise ValueError(f"{folder.parent} has no parameters: it is damaged, or of another program")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name])
+    if mesh is None:
+        arguments = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    else:
+        placed = shardings(match_rules(config.sharding_rules, shapes, mesh), mesh)
+        arguments = jax.tree.map(lambda x, s: ocp.ArrayRestoreArgs(sharding=s), shapes, placed)
+    restored = reader.restore(
+        folder,
+        args=ocp.args.PyTreeRestore(item={name: shapes}, restore_args={name: arguments}, partial_restore=True),
+    )
+    return restored[name], config

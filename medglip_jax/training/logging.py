@@ -1,0 +1,189 @@
+"""What a run says while it runs: metrics in files, progress on the terminal."""
+
+import collections
+import datetime
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # folder in a run's working directory
+
+
+class MetricsLog:
+    """Writes scalars to WORKDIR/metrics.jsonl, one line a call, and to WORKDIR/tensorboard.
+
+    Only the first process writes; in the others every method does nothing.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], start_step: int = 0):
+        """Opens the files for more lines.
+
+        Args:
+            workdir: the run's working directory; it is made if needed.
+            start_step: the step that the run resumes from. Lines of later steps, which the interrupted run wrote after
+                its last checkpoint, are taken out, so that every step is there once.
+        """
+        self._file = self._writer = None
+        if jax.process_index() != 0:
+            return
+        from tensorboardX import SummaryWriter  # imports torch, where there is one
+
+        folder = pathlib.Path(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / METRICS_FILE
+        if path.exists():
+            _drop_later_lines(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        purge_step = start_step + 1 if start_step else None
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of a step, and brings them to the disk.
+
+        Args:
+            step: steps taken.
+            metrics: scalars by name. In the JSON lines a value that is not finite is null.
+        """
+        if self._file is None or self._writer is None:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, int(step))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._file is not None and self._writer is not None:
+            self._file.close()
+            self._writer.close()
+
+
+def _drop_later_lines(path: pathlib.Path, step: int) -> None:
+    """Keeps the lines up to a step; a last line that a kill cut in half goes too."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            keep = json.loads(line)["step"] <= step
+        except json.JSONDecodeError:
+            keep = False
+        if keep:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+class ProgressBar:
+    """Shows step, loss, images a second and the time left; a context manager.
+
+    On a terminal it is a bar. Elsewhere, as in the logs of a job, it is a plain line every few seconds. Only the first
+    process shows anything.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        batch_size: int,
+        start_step: int = 0,
+        *,
+        line_seconds: float = 10.0,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Starts to count.
+
+        Args:
+            total_steps: of the run.
+            batch_size: images in a global batch.
+            start_step: steps taken before.
+            line_seconds: seconds between lines where there is no terminal.
+            console: where to show it; None is the standard error.
+            clock: seconds.
+        """
+        self.total_steps, self.batch_size, self.step = total_steps, batch_size, start_step
+        self._loss: float | None = None
+        self._clock, self._line_seconds = clock, line_seconds
+        self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=50)
+        self._shown = -math.inf
+        self._console = console or rich.console.Console(stderr=True)
+        self._visible = jax.process_index() == 0
+        self._bar = None
+        if self._visible and self._console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.BarColumn(None),
+                rich.progress.TextColumn("{task.description}"),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(self.describe(), total=total_steps, completed=start_step)
+
+    def __enter__(self) -> "ProgressBar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the last 50 updates; None before there are two. The first step, which compiles, does not count."""
+        if len(self._recent) < 2:
+            return None
+        (begin, first), (end, last) = self._recent[0], self._recent[-1]
+        return (last - first) * self.batch_size / (end - begin) if end > begin else None
+
+    def update(self, step: int, loss: float | None = None) -> None:
+        """Shows a step.
+
+        Args:
+            step: steps taken.
+            loss: the newest one known; None keeps showing the one before.
+        """
+        self.step, self._loss = step, self._loss if loss is None else float(loss)
+        now = self._clock()
+        self._recent.append((now, step))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=self.describe())
+        elif self._visible and (now - self._shown >= self._line_seconds or step >= self.total_steps):
+            self._shown = now
+            self._console.print(self.describe(), highlight=False, soft_wrap=True)
+
+    def pause(self) -> None:
+        """Forgets the speed so far: call it after an evaluation, whose time is not training's."""
+        self._recent.clear()
+
+    def describe(self) -> str:
+        """Returns the line that is shown."""
+        parts = [f"step {self.step}/{self.total_steps}"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        speed = self.images_per_second
+        if speed:
+            left = (self.total_steps - self.step) * self.batch_size / speed
+            parts += [f"{speed:.1f} images/s", f"ETA {datetime.timedelta(seconds=round(left))}"]
+        return "  ".join(parts)

@@ -1,0 +1,113 @@
+"""Everything that a training run carries from step to step, and where it lies on the mesh."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import Module
+from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from medglip_jax.parallel.rules import Rules, follow_parameters, match_rules, shardings
+
+_DUMMY_SIDE = 64  # pixels; no parameter depends on the size of the image
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The state of a run.
+
+    Attributes:
+        step: int32[], optimizer steps taken.
+        params: parameters, float32.
+        opt_state: of the optimizer.
+        ema: running average of the parameters, or None.
+        rng: random key of dropout; the step folds its number into it, so it never changes.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    ema: Any
+    rng: jax.Array
+
+
+def state_shardings(shapes: TrainState, rules: Rules, mesh: Mesh) -> TrainState:
+    """Returns the sharding of each array of a state: the optimizer's moments and the average lie with the parameters.
+
+    Args:
+        shapes: a state, or its shapes.
+        rules: see `match_rules`.
+        mesh: from `make_mesh`.
+    """
+    params = match_rules(rules, shapes.params, mesh)
+    specs = TrainState(
+        step=PartitionSpec(),  # pyright: ignore[reportArgumentType]
+        params=params,
+        opt_state=follow_parameters(shapes.opt_state, shapes.params, params),
+        ema=None if shapes.ema is None else params,
+        rng=PartitionSpec(),  # pyright: ignore[reportArgumentType]
+    )
+    return shardings(specs, mesh)
+
+
+def _initialize(
+    model: Module, config: ConfigDict | FrozenConfigDict, optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
+    params_rng, dropout_rng = jax.random.split(rng)
+    pixels = jnp.zeros((1, _DUMMY_SIDE, _DUMMY_SIDE, 3))
+    tokens = jnp.ones((1, config.data.max_tokens), jnp.int32)
+    params = model.init(params_rng, pixels, tokens, tokens)["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=params if config.optimizer.ema else None,
+        rng=dropout_rng,
+    )
+
+
+def abstract_state(
+    model: Module,
+    config: ConfigDict | FrozenConfigDict,
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns the state that `create_state` would make, as ShapeDtypeStruct with shardings; takes no memory.
+
+    It is what `Checkpoints.restore` restores into.
+    """
+    shapes = jax.eval_shape(lambda key: _initialize(model, config, optimizer, key), rng)
+    placed = state_shardings(shapes, config.sharding_rules, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
+
+
+def create_state(
+    model: Module,
+    config: ConfigDict | FrozenConfigDict,
+    optimizer: optax.GradientTransformation,
+    rng: jax.Array,
+    mesh: Mesh,
+) -> tuple[TrainState, TrainState]:
+    """Initialises a run, each array on its own part of the mesh from the start.
+
+    The numbers do not depend on the mesh.
+
+    Args:
+        model: called as model.init(key, pixels float[1, H, W, 3], input_ids int32[1, L], attention_mask int32[1, L]).
+        config: a recipe; reads `data.max_tokens`, `optimizer.ema` and `sharding_rules`.
+        optimizer: from `make_optimizer`.
+        rng: random key.
+        mesh: from `make_mesh`.
+
+    Returns:
+        The state, and the sharding of each of its arrays: in_shardings and out_shardings of the jitted step.
+
+    Raises:
+        ValueError: see `match_rules`.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, optimizer, rng, mesh))
+    state = jax.jit(lambda key: _initialize(model, config, optimizer, key), out_shardings=placed)(rng)
+    return state, placed

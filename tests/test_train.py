@@ -1,0 +1,232 @@
+"""The whole way through with the tiny model: train, resume, evaluate, export, demo."""
+
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.build import build
+from data_pipelines.records import RecordsError
+from data_pipelines.sources.phantoms import Phantoms
+from medglip_jax import demo, evaluate, export
+from medglip_jax import train as train_module
+from medglip_jax.configuration import save_config
+from medglip_jax.predict import MedGLIP, load_model
+from medglip_jax.train import train
+from medglip_jax.training.checkpoint import Checkpoints, load_params
+from medglip_jax.training.step import NonFiniteLoss
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("records") / "phantoms"
+    build(Phantoms(20, size=64, seed=3), folder, name="phantoms", eval_fraction=0.3, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_config, records):
+    """Four steps with a checkpoint after each second one."""
+    config = tiny_config.copy_and_resolve_references()
+    config.data.train, config.data.eval = f"{records}:train", f"{records}:validation"
+    config.data.max_tokens, config.data.max_boxes = 64, 32  # a phantom CT has up to 57 tokens of phrases
+    config.schedule.steps, config.schedule.warmup_steps = 4, 1
+    config.training.checkpoint_every, config.training.log_every = 2, 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """The working directory of a finished run, and what `train` returned."""
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train(recipe, workdir)
+
+
+def logged(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def change(recipe, **fields):
+    """Returns the recipe with fields replaced: `change(recipe, schedule__steps=2)`."""
+    config = recipe.copy_and_resolve_references()
+    for path, value in fields.items():
+        group, name = path.split("__")
+        config[group][name] = value
+    return config
+
+
+def test_run_leaves_what_the_documentation_lists(run):
+    workdir, results = run
+    names = {path.name for path in workdir.iterdir()}
+    assert names >= {"config.json", "tokenizer", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert names >= {"evaluation.json", "predictions.png"}
+    assert json.loads((workdir / "evaluation.json").read_text()) == results
+    assert {"AP", "AP50", "AP75", "per_class", "per_modality"} <= results.keys()
+    assert [line["step"] for line in logged(workdir)] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in logged(workdir))
+
+
+def test_stopped_run_goes_on_as_if_it_had_not_stopped(run, recipe, tmp_path, monkeypatch):
+    batches = []
+
+    def stop_in_third_step(batch, mesh, to_global=train_module.to_global):
+        batches.append(list(batch["image_id"]))
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return to_global(batch, mesh)
+
+    monkeypatch.setattr(train_module, "to_global", stop_in_third_step)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+        train(recipe, tmp_path)
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        assert checkpoints.latest_step == 3
+    results = train(recipe, tmp_path)
+
+    for use_ema in (False, True):
+        uninterrupted, _ = load_params(run[0], use_ema=use_ema)
+        resumed, _ = load_params(tmp_path, use_ema=use_ema)
+        jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+    assert results["AP"] == run[1]["AP"]
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
+    assert [line["loss"] for line in logged(tmp_path)] == [line["loss"] for line in logged(run[0])]
+
+
+def test_finished_run_is_only_evaluated_again(run, recipe):
+    assert train(recipe, run[0])["AP"] == run[1]["AP"]
+    assert len(logged(run[0])) == 4
+
+
+def test_loss_that_is_not_finite_stops_with_the_images(recipe, tmp_path, monkeypatch):
+    def poison(batch, mesh, to_global=train_module.to_global):
+        return to_global({**batch, "boxes": np.full_like(batch["boxes"], np.nan)}, mesh)
+
+    monkeypatch.setattr(train_module, "to_global", poison)
+    with pytest.raises(NonFiniteLoss, match="after 0 steps") as error:
+        train(recipe, tmp_path)
+    assert len(error.value.image_ids) == recipe.data.batch_size
+    assert all(image_id.startswith("phantoms-") for image_id in error.value.image_ids)
+
+
+def test_checkpoint_of_another_model_is_refused_and_stays(run, recipe):
+    other = recipe.copy_and_resolve_references()
+    other.model.fpn.channels = 32
+    before = (run[0] / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"another model or optimizer:\n  params/.*\(.*16"):
+        train(other, run[0])
+    assert (run[0] / "config.json").read_bytes() == before
+    train(recipe, run[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data__batch_size": 9}, r"config\.data\.batch_size is 9.*multiple of 8"),
+        ({"data__max_tokens": 65}, r"config\.data\.max_tokens is 65"),
+        ({"data__train": ""}, r"config\.data\.train is empty"),
+        ({"data__eval": "/nowhere"}, "holds no records"),
+        ({"training__keep_checkpoints": 0}, "keep_checkpoints"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named_before_training(recipe, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train(change(recipe, **fields), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_tokenizer_larger_than_the_model_is_refused(recipe, tmp_path):
+    config = recipe.copy_and_resolve_references()
+    config.model.bert.vocab_size = 100
+    with pytest.raises(ValueError, match=r"config\.model\.bert\.vocab_size is 100"):
+        train(config, tmp_path)
+
+
+def test_shard_cut_in_half_is_an_error_that_names_it(recipe, tmp_path):
+    build(Phantoms(8, size=64), tmp_path / "cut", name="cut", progress=False)
+    shard = next((tmp_path / "cut").glob("*array_record*"))
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    with pytest.raises(RecordsError, match=f"{shard.name}.* cut short"):
+        train(change(recipe, data__train=str(tmp_path / "cut")), tmp_path / "run")
+
+
+def test_train_command_trains_and_names_unknown_fields(run, recipe, tmp_path, capsys):
+    save_config(recipe, tmp_path / "tiny.json")
+    arguments = ["--config", str(tmp_path / "tiny.json"), "--workdir", str(run[0])]
+    assert train_module.main([*arguments, "--config.schedule.stesp=3"]) == 1
+    assert "the nearest is config.schedule.steps" in capsys.readouterr().err
+    assert train_module.main([*arguments, "--config.schedule.steps=4"]) == 0
+    assert "AP50" in capsys.readouterr().out
+
+
+def test_evaluate_command_writes_the_same_results(run, tmp_path, records, capsys):
+    output = tmp_path / "out" / "results.json"
+    arguments = ["--checkpoint", str(run[0]), "--data", f"{records}:validation", "--output", str(output)]
+    assert evaluate.main(arguments) == 0
+    results = json.loads(output.read_text())
+    assert {name: results[name] for name in ("AP", "AP50", "AP75", "per_class")} == {
+        name: run[1][name] for name in ("AP", "AP50", "AP75", "per_class")
+    }
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--data", str(records)]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_export_is_read_back_exactly(run, tmp_path, capsys):
+    assert export.main(["--checkpoint", str(run[0]), "--output", str(tmp_path / "export")]) == 0
+    params, config = export.read_export(tmp_path / "export")
+    trained, recipe = load_params(run[0])
+    jax.tree.map(np.testing.assert_array_equal, params, trained)
+    assert config.to_dict() == recipe.to_dict()
+
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "export" / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert "bbox_head.head.dyhead_tower.0.b_attn.gamma_v" in file.keys()  # noqa: SIM118
+
+
+def test_export_keeps_what_is_not_its_own(run, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert export.main(["--checkpoint", str(run[0]), "--output", str(tmp_path)]) == 1
+    assert "holds no model.safetensors" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert export.main(["--checkpoint", str(run[0]), "--output", str(run[0])]) == 1
+
+
+def test_damaged_export_is_refused(run, tmp_path):
+    _, params, config, tokenizer = load_model(run[0])
+    weights = export.export(params, config, tokenizer, tmp_path / "export")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        export.read_export(tmp_path / "export")
+
+
+def test_trained_model_predicts(run):
+    prediction = MedGLIP.from_pretrained(run[0]).predict(
+        np.zeros((50, 70, 3), np.uint8), ["left lung", "liver"], threshold=0
+    )
+    assert prediction.boxes.shape == (len(prediction), 4)
+    assert (prediction.boxes <= [70, 50, 70, 50]).all() and (prediction.boxes >= 0).all()
+
+
+def test_demo_makes_everything_and_says_where(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PHANTOMS", 40)
+    save_config(recipe, tmp_path / "tiny.json")
+    arguments = ["--workdir", str(tmp_path / "run"), "--config", str(tmp_path / "tiny.json")]
+    assert demo.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for path in ("checkpoints/4", "export/model.safetensors", "predictions.png"):
+        assert (tmp_path / "run" / path).exists()
+        assert str(tmp_path / "run" / path) in printed
+    assert "AP50" in printed
+    assert demo.main([*arguments, "--data", str(tmp_path)]) == 1
+    assert "demo of other data" in capsys.readouterr().err
+
+
+def test_demo_of_an_empty_folder_says_what_it_reads(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert demo.main(["--workdir", str(tmp_path / "run"), "--data", str(tmp_path / "empty")]) == 1
+    assert "is empty" in capsys.readouterr().err
