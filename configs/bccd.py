@@ -5,7 +5,8 @@
     JAX_NUM_CPU_DEVICES=2 python -m medglip_jax.train --config configs/bccd.py --workdir DIR \\
         --config.data.train=RECORDS:train --config.data.eval=RECORDS:validation
 
-MEASURED
+Reached AP50 0.766 (AP 0.445) on the 57 held-out smears (red cells 0.825, white cells 0.963, platelets 0.509), in 15.4
+minutes on two cores of an AMD EPYC that had other work to do, compilation and evaluation included.
 """
 
 from ml_collections import ConfigDict

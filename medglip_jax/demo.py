@@ -30,9 +30,9 @@ from medglip_jax.training.checkpoint import CHECKPOINTS
 
 RECORDS, EXPORT = "records", "export"  # folders in the working directory
 DEMO_FILE = "demo.json"  # which data the working directory was made from
-PHANTOMS = 2000  # images drawn
+PHANTOMS = 2500  # images drawn
+MODALITIES = ("xray", "mri", "fundus", "microscopy", "dermoscopy")  # what five minutes of a CPU can learn
 EVAL_FRACTION = {"phantoms": 0.06, "folder": 0.2}
-_LEAST_SPLITS = 32  # split seeds tried until both sides have an image
 
 
 def make_records(workdir: pathlib.Path, data: str, config: ConfigDict, count: int) -> pathlib.Path:
@@ -65,7 +65,8 @@ def make_records(workdir: pathlib.Path, data: str, config: ConfigDict, count: in
     write_json(origin, workdir / DEMO_FILE)
     if not data:
         side = max(min(config.data.canvas), LEAST_SIZE)
-        build(Phantoms(count, size=side), records, name="phantoms", eval_fraction=EVAL_FRACTION["phantoms"])
+        source = Phantoms(count, size=side, modality=MODALITIES)
+        build(source, records, name="phantoms", eval_fraction=EVAL_FRACTION["phantoms"])
         return records
     source = load_source("auto", data, dataset="demo")
     if len(source) < 2:

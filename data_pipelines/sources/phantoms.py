@@ -104,19 +104,31 @@ class Phantoms(Sequence[GroundingExample]):
         count: how many.
         seed: which series.
         size: side of the images in pixels.
-        modality: one of `KINDS`; None goes through them in turn.
+        modality: one of `KINDS`, or several to go through in turn; None goes through all of them.
         start: index of the first.
 
     Raises:
         ValueError: a negative count, or an argument that `phantom` does not take.
     """
 
-    def __init__(self, count: int, *, seed: int = 0, size: int = 256, modality: str | None = None, start: int = 0):
+    def __init__(
+        self,
+        count: int,
+        *,
+        seed: int = 0,
+        size: int = 256,
+        modality: str | Sequence[str] | None = None,
+        start: int = 0,
+    ):
         if count < 0:
             raise ValueError(f"phantom count must be 0 or more, not {count}")
-        _check(start, seed, size, modality)
+        self._modalities = (modality,) if isinstance(modality, str) else tuple(KINDS if modality is None else modality)
+        if not self._modalities:
+            raise ValueError(f"no modality to draw: give some of {', '.join(KINDS)}")
+        for name in self._modalities:
+            _check(start, seed, size, name)
         self._indices = range(start, start + count)
-        self._seed, self._size, self._modality = seed, size, modality
+        self._seed, self._size = seed, size
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -138,7 +150,8 @@ class Phantoms(Sequence[GroundingExample]):
         return map(self._draw, self._indices)
 
     def _draw(self, index: int) -> GroundingExample:
-        return phantom(index, seed=self._seed, size=self._size, modality=self._modality)
+        modality = self._modalities[index % len(self._modalities)]
+        return phantom(index, seed=self._seed, size=self._size, modality=modality)
 
 
 def _check(index: int, seed: int, size: int, modality: str | None) -> None:

@@ -26,6 +26,7 @@ from medglip_jax.parallel.mesh import batch_parts, to_global
 
 _HOST_KEYS = ("index", "valid", "scale", "original_size")
 _SHEET_SCORE = 0.3  # least score of a box on the contact sheet
+_SHEET_BOXES = 12  # most boxes of a picture on it, where there are not more true ones
 
 
 def local_batch_size(config: ConfigDict, mesh: Mesh) -> int:
@@ -202,7 +203,7 @@ def _check_sheet(path: str | os.PathLike, images: int) -> None:
 
 
 def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, phrases: Sequence[str]) -> SheetEntry:
-    kept = detections.scores >= _SHEET_SCORE
+    kept = np.flatnonzero(detections.scores >= _SHEET_SCORE)[: max(_SHEET_BOXES, len(truth.boxes))]
     return SheetEntry(
         image=image,
         title=f"{truth.modality} · {truth.image_id}",
