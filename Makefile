@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DATA ?=
 WORKDIR ?= demo_run
+# JOBS: processes that run the tests; each takes up to 5 GB.
+JOBS ?= 2
 bin := $(VENV)/bin
 
 .PHONY: demo test lint clean
@@ -13,7 +15,7 @@ demo: $(VENV)/.installed
 	JAX_NUM_CPU_DEVICES=2 $(bin)/python -m medglip_jax.demo --workdir $(WORKDIR) $(if $(DATA),--data "$(DATA)")
 
 test: $(VENV)/.installed-dev
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n $(JOBS) --dist loadfile --durations 12
 
 lint: $(VENV)/.installed-dev
 	$(bin)/ruff check .

@@ -3,6 +3,9 @@
 import os
 import pathlib
 
+# Most of the tests' time is compilation, and unoptimised code compiles twice as fast; before jax starts its backend.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
 import hypothesis
 import jax
 import pytest

@@ -77,11 +77,21 @@ def words(config):
     return model, filled(model, config)
 
 
+def stretched_phantom(index):
+    """A phantom of another height and width, so that images take different parts of the canvas."""
+    example, stretch = phantom(index, size=(64, 96, 150)[index % 3]), (0.5, 1.0, 1.6, 0.8)[index % 4]
+    stream, width = io.BytesIO(), round(stretch * example.width)
+    Image.open(io.BytesIO(example.image)).resize((width, example.height)).save(stream, "PNG")
+    boxes = [region.box * np.float32([stretch, 1, stretch, 1]) for region in example.regions]
+    regions = [dataclasses.replace(r, box=box, mask=None) for r, box in zip(example.regions, boxes, strict=True)]
+    return dataclasses.replace(example, image=stream.getvalue(), width=width, regions=tuple(regions))
+
+
 @pytest.fixture(scope="module")
 def phantoms(tmp_path_factory):
-    """Eleven phantoms of three sizes: one batch of eight, and one that is not full."""
+    """Eleven phantoms: one batch of eight, and one that is not full."""
     folder = tmp_path_factory.mktemp("phantoms")
-    examples = [phantom(index, size=(64, 96, 150)[index % 3]) for index in range(11)]
+    examples = [stretched_phantom(index) for index in range(11)]
     return write_records(examples, folder, name="phantoms"), str(folder)
 
 
