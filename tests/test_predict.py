@@ -156,14 +156,14 @@ def test_every_image_may_have_its_own_phrases(model, pictures):
 
 def test_more_phrases_than_a_prompt_holds_are_all_asked_for(model, pictures):
     many = [" ".join([organ] * 10) for organ in ("lung", "kidney", "eye", "breast", "heart", "liver")]  # two a prompt
-    together = model.predict(pictures[0], many, threshold=ANY, batch_size=2)
-    assert np.all(np.diff(together.scores) <= 0)
-    parts = [model.predict(pictures[0], many[start : start + 2], threshold=ANY) for start in (0, 2, 4)]
-    assert len(together) == sum(map(len, parts))
-    for phrase, part in zip(many, [part for part in parts for _ in range(2)], strict=True):
-        found, expected = (_scores_of(prediction, phrase) for prediction in (together, part))
-        assert len(found) > 0
-        np.testing.assert_allclose(found, expected, atol=1e-5)
+    for pixels, together in zip(pictures, model.predict(pictures, many, threshold=ANY, batch_size=2), strict=True):
+        assert np.all(np.diff(together.scores) <= 0)
+        parts = [model.predict(pixels, many[start : start + 2], threshold=ANY) for start in (0, 2, 4)]
+        assert len(together) == sum(map(len, parts))
+        for phrase, part in zip(many, [part for part in parts for _ in range(2)], strict=True):
+            found, expected = (_scores_of(prediction, phrase) for prediction in (together, part))
+            assert len(found) > 0
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def _scores_of(prediction, phrase):
