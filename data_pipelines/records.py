@@ -9,6 +9,7 @@ A records directory is a TFDS directory (`tfds.builder_from_directory` opens it)
      "build": {"source", "skipped", "unused", ...}}
 """
 
+import abc
 import dataclasses
 import json
 import operator
@@ -140,7 +141,7 @@ def find_shards(path: str | os.PathLike) -> Records:
     return Records(directory, split, metadata["format"], tuple(shards), tuple(entry["shard_lengths"]), entry)
 
 
-class _Source:
+class _Source(abc.ABC):
     """What both formats share: bounds, and errors that name the shard."""
 
     def __init__(self, records: Records):
@@ -167,8 +168,8 @@ class _Source:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._records.directory}:{self._records.split}, {len(self)} records)"
 
-    def _read(self, positions: list[int]) -> list[bytes]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _read(self, positions: list[int]) -> list[bytes]: ...
 
 
 class _ArrayRecordSource(_Source):
@@ -220,7 +221,7 @@ class _TFRecordSource(_Source):
         return {**self.__dict__, "_descriptors": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._descriptors = self._open()
 
     def __del__(self) -> None:
