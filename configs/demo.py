@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.num_threads = 1
     config.data.prefetch = 32
 
-    model = config.model  # 1.2 M parameters: the same code as the full sizes, small
+    model = config.model  # 1.6 M parameters: the same code as the full sizes, small
     model.swin.embed_dim = 32
     model.swin.depths = (1, 1, 2, 1)
     model.swin.num_heads = (1, 2, 4, 8)

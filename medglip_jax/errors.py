@@ -3,7 +3,7 @@
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 Main = Callable[[list[str] | None], int | None]
 
@@ -29,6 +29,24 @@ def reports_errors(main: Main) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def list_mismatches(found: Mapping[str, object], wanted: Mapping[str, object], owner: str, limit: int = 5) -> str:
+    """Returns a line for each array that a checkpoint and a model do not have in the same shape, "" if there is none.
+
+    Args:
+        found: shapes in the checkpoint, by path.
+        wanted: shapes in the model, by path.
+        owner: what the model is called: "model", "run".
+        limit: most lines; parameters come before what belongs to an optimizer.
+    """
+    wrong = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    wrong.sort(key=lambda path: not path.startswith("params/"))
+    lines = [
+        f"  {path}: {found.get(path, 'missing')} in the checkpoint, {wanted.get(path, 'none')} in the {owner}"
+        for path in wrong[:limit]
+    ]
+    return "\n".join(lines + [f"  and {len(wrong) - limit} more"] * (len(wrong) > limit))
 
 
 def describe(error: Exception) -> str:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from medglip_jax.detection.postprocess import detect
+from medglip_jax.errors import list_mismatches
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.rules import path_name
 
@@ -22,7 +23,6 @@ Detector = Callable[..., dict[str, jax.Array]]
 
 _LENGTHS = (64, 128, 256)  # tokens of the prompt buckets
 _BATCH_AXES = PartitionSpec(("data", "fsdp"))
-_LISTED = 5  # parameters that an error names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,14 +191,8 @@ def check_parameters(params: Any, model: Module, config: ConfigDict, checkpoint:
         {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, parameter_shapes(model, config))
     )
-    wrong = [path for path in sorted({*found, *wanted}) if found.get(path) != wanted.get(path)]
-    if wrong:
-        lines = [
-            f"  {path}: {found.get(path, 'missing')} in the checkpoint, {wanted.get(path, 'none')} in the model"
-            for path in wrong[:_LISTED]
-        ]
-        lines += [f"  and {len(wrong) - _LISTED} more"] * (len(wrong) > _LISTED)
+    if mismatches := list_mismatches(found, wanted, "model"):
         raise ValueError(
             f"{checkpoint} holds a model of another size than config.model describes; leave out --config to use the "
-            "checkpoint's own, or give the one it was trained with:\n" + "\n".join(lines)
+            f"checkpoint's own, or give the one it was trained with:\n{mismatches}"
         )

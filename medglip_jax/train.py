@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.loader import train_loader
@@ -34,7 +35,7 @@ from data_pipelines.text import TextTokenizer, load_tokenizer
 from medglip_jax.configuration import CONFIG_FILE, load_config, save_config
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
-from medglip_jax.evaluation.run import evaluate_records
+from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, initialize_distributed, make_mesh, to_global
@@ -48,9 +49,9 @@ EVALUATION_FILE = "evaluation.json"
 SHEET_FILE = "predictions.png"
 
 
-def _check(config: ConfigDict, tokenizer: TextTokenizer, parts: int) -> None:
+def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
     """Finds the mistakes in a recipe that would show late, or as an error without a name."""
-    data, bert = config.data, config.model.bert
+    data, bert, parts = config.data, config.model.bert, batch_parts(mesh)
     if data.batch_size % parts or data.batch_size % jax.process_count():
         raise ValueError(
             f"config.data.batch_size is {data.batch_size}: it must be a multiple of {parts}, the mesh axes data times "
@@ -66,7 +67,8 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, parts: int) -> None:
             f"config.data.max_tokens is {data.max_tokens}, but config.model.bert.max_positions is {bert.max_positions}"
         )
     if data.eval:
-        find_shards(data.eval)  # a wrong path shows before hours of training
+        find_shards(data.eval)  # a wrong path or batch size shows before hours of training
+        local_batch_size(config, mesh)
 
 
 @contextlib.contextmanager
@@ -146,7 +148,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
     training, total = config.training, config.schedule.steps
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    _check(config, tokenizer, batch_parts(mesh))
+    _check(config, tokenizer, mesh)
     model, optimizer = GLIP(config.model), make_optimizer(config)
     detector = make_detector(model, config, mesh)
 

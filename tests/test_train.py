@@ -126,6 +126,7 @@ def test_checkpoint_of_another_model_is_refused_and_stays(run, recipe):
     ("fields", "message"),
     [
         ({"data__batch_size": 9}, r"config\.data\.batch_size is 9.*multiple of 8"),
+        ({"data__eval_batch_size": 9}, r"config\.data\.eval_batch_size is 9.*multiple of 8"),
         ({"data__max_tokens": 65}, r"config\.data\.max_tokens is 65"),
         ({"data__train": ""}, r"config\.data\.train is empty"),
         ({"data__eval": "/nowhere"}, "holds no records"),

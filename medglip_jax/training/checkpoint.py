@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from medglip_jax.configuration import CONFIG_FILE, load_config
+from medglip_jax.errors import list_mismatches
 from medglip_jax.parallel.rules import match_rules, path_name, shardings
 from medglip_jax.training.state import TrainState
 
@@ -19,7 +20,6 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 
 CHECKPOINTS = "checkpoints"  # folder in a run's working directory
 TOKENIZER = "tokenizer"  # folder in a run's working directory
-_LISTED = 5  # arrays that an error names
 
 
 class Checkpoints:
@@ -143,18 +143,10 @@ class Checkpoints:
         found, wanted = _shapes(metadata.tree), _shapes(target)
         for shapes in (found, wanted):
             shapes.pop("rng", None)  # a typed key is stored as its words
-        wrong = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
-        if wrong:
-            wrong.sort(key=lambda name: not name.startswith("params/"))  # their optimizer states come after them
-            lines = [
-                f"  {name}: {found.get(name, 'missing')} in the checkpoint, {wanted.get(name, 'none')} in this run"
-                for name in wrong[:_LISTED]
-            ]
-            lines += [f"  and {len(wrong) - _LISTED} more arrays"] * (len(wrong) > _LISTED)
+        if mismatches := list_mismatches(found, wanted, "run"):
             raise ValueError(
-                f"{self.path(step)} is the checkpoint of another model or optimizer:\n"
-                + "\n".join(lines)
-                + f"\nresume with the run's own {CONFIG_FILE}, or start a new run in another --workdir"
+                f"{self.path(step)} is the checkpoint of another model or optimizer:\n{mismatches}\n"
+                f"resume with the run's own {CONFIG_FILE}, or start a new run in another --workdir"
             )
 
     def _check_loader(self, step: int) -> None:

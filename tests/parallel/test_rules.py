@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from configs.medglip_t import get_config
 from medglip_jax.parallel.mesh import make_mesh
 from medglip_jax.parallel.rules import follow_parameters, match_rules
 
@@ -75,3 +76,15 @@ def test_moments_lie_with_their_parameters_even_behind_a_mask(caplog):
     stranger = {"row": shape(4)}
     assert follow_parameters(stranger, params, specs) == {"row": P()}
     assert "row (4,)" in caplog.text
+
+
+def test_what_comes_out_of_heads_and_hidden_layers_is_split_the_other_way_round(mesh):
+    block = {name: {"kernel": shape(4, 8)} for name in ("v_proj", "values_l_proj", "out_v_proj", "out_l_proj")}
+    specs = match_rules(get_config().sharding_rules, {"tower_0": {"fusion": block}}, mesh)["tower_0"]["fusion"]
+    inward, outward = P("fsdp", "tensor"), P("tensor", "fsdp")
+    assert {name: spec["kernel"] for name, spec in specs.items()} == {
+        "v_proj": inward,
+        "values_l_proj": inward,
+        "out_v_proj": outward,
+        "out_l_proj": outward,
+    }
