@@ -110,10 +110,10 @@ def get_config() -> ConfigDict:
     # First pattern (re.search on the parameter's path) wins; the spec names a mesh axis, or None, for each dimension.
     config.sharding_rules = (
         (
-            r"/(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel",
+            r"(^|/)(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel",
             ("fsdp", "tensor"),
         ),
-        (r"/(attention_output|proj|output|fc2|out_v_proj|out_l_proj)/kernel", ("tensor", "fsdp")),
+        (r"(^|/)(attention_output|proj|output|fc2|out_v_proj|out_l_proj)/kernel", ("tensor", "fsdp")),
         (r"word_embeddings/embedding", ("tensor", "fsdp")),
         (r".*", ()),
     )

@@ -37,16 +37,16 @@ def list_mismatches(found: Mapping[str, object], wanted: Mapping[str, object], o
     Args:
         found: shapes in the checkpoint, by path.
         wanted: shapes in the model, by path.
-        owner: what the model is called: "model", "run".
+        owner: what the model is called: "the model", "this run".
         limit: most lines; parameters come before what belongs to an optimizer.
     """
     wrong = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     wrong.sort(key=lambda path: not path.startswith("params/"))
     lines = [
-        f"  {path}: {found.get(path, 'missing')} in the checkpoint, {wanted.get(path, 'none')} in the {owner}"
+        f"  {path}: {found.get(path, 'missing')} in the checkpoint, {wanted.get(path, 'none')} in {owner}"
         for path in wrong[:limit]
     ]
-    return "\n".join(lines + [f"  and {len(wrong) - limit} more"] * (len(wrong) > limit))
+    return "\n".join(lines + [f"  and {len(wrong) - limit} more arrays"] * (len(wrong) > limit))
 
 
 def describe(error: Exception) -> str:

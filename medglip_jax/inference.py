@@ -191,7 +191,7 @@ def check_parameters(params: Any, model: Module, config: ConfigDict, checkpoint:
         {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (params, parameter_shapes(model, config))
     )
-    if mismatches := list_mismatches(found, wanted, "model"):
+    if mismatches := list_mismatches(found, wanted, "the model"):
         raise ValueError(
             f"{checkpoint} holds a model of another size than config.model describes; leave out --config to use the "
             f"checkpoint's own, or give the one it was trained with:\n{mismatches}"

@@ -143,7 +143,7 @@ class Checkpoints:
         found, wanted = _shapes(metadata.tree), _shapes(target)
         for shapes in (found, wanted):
             shapes.pop("rng", None)  # a typed key is stored as its words
-        if mismatches := list_mismatches(found, wanted, "run"):
+        if mismatches := list_mismatches(found, wanted, "this run"):
             raise ValueError(
                 f"{self.path(step)} is the checkpoint of another model or optimizer:\n{mismatches}\n"
                 f"resume with the run's own {CONFIG_FILE}, or start a new run in another --workdir"
