@@ -28,7 +28,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+# PyTorch alone first, so that it is the one for the CPU; the tests of interop need it.
 $(VENV)/.installed-dev: $(VENV)/.installed
+	$(bin)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 

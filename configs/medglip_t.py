@@ -14,6 +14,11 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of parameters, dropout, data order and augmentation
 
+    config.init = ConfigDict()  # where a new run starts from; what is not named starts from random numbers
+    config.init.model = ""  # a run's working directory, or a folder that `medglip export` or `medglip import` wrote
+    config.init.backbone = ""  # folder of a Hugging Face SwinModel
+    config.init.language = ""  # folder of a Hugging Face BertModel; config.data.tokenizer must be the one it knows
+
     config.data = ConfigDict()
     config.data.train = ""  # records to train on: DIR, or DIR:SPLIT where DIR holds several splits
     config.data.eval = ""  # records to evaluate on; "" trains without evaluation

@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": ("medglip_jax.evaluate", "average precision of a checkpoint on records"),
     "predict": ("medglip_jax.predict", "find phrases in images and draw the boxes"),
     "export": ("medglip_jax.export", "write a checkpoint for PyTorch"),
+    "import": ("medglip_jax.import_weights", "read a GLIP checkpoint of mmdetection or Microsoft"),
     "demo": ("medglip_jax.demo", "all of these in a few minutes, on phantoms or on your images"),
 }
 

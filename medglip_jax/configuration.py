@@ -31,7 +31,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Args:
         path: the bare name of a recipe in configs ("demo"; it goes before a file or folder of that name), a Python file
-            with `get_config()`, a run's working directory, or a JSON file that `save_config` wrote.
+            with `get_config()`, a run's working directory, an exported folder, or a JSON file that `save_config`
+            wrote. Fields that a JSON file lacks, since they are newer than it, have the base recipe's values.
         overrides: command-line arguments, "--config.data.train=DIR" or "--config.data.train", "DIR". A string is taken
             as it is; tuples are Python literals, brackets may be left out; a boolean without a value is True.
 
@@ -53,7 +54,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         config = _from_json(source)
     else:
         config = _from_python(source)
-    config = _conform(config, text)
+    config = _conform(config, text, complete=source.suffix == ".py" and not source.is_dir())
     for field, value in _parse(overrides, config):
         _set(config, field, value)
     return config.lock()
@@ -85,7 +86,7 @@ def _from_json(path: pathlib.Path) -> ConfigDict:
         raise ConfigError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{path}: expected a JSON object with the groups of a recipe")
-    return ConfigDict(fields)
+    return ConfigDict(fields.get("recipe", fields))  # an exported folder has it inside what Hugging Face reads
 
 
 def _from_python(path: pathlib.Path) -> ConfigDict:
@@ -110,8 +111,11 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _conform(config: ConfigDict, source: str) -> ConfigDict:
-    """Returns the recipe with the types of the base recipe's fields, after checking that it has exactly these."""
+def _conform(config: ConfigDict, source: str, complete: bool) -> ConfigDict:
+    """Returns the recipe with the types of the base recipe's fields, after checking that it has no others.
+
+    One that is not `complete` gets the base recipe's values for the fields that it lacks.
+    """
     from configs.medglip_t import get_config
 
     base, result = dict(_leaves(get_config())), get_config()
@@ -120,7 +124,7 @@ def _conform(config: ConfigDict, source: str) -> ConfigDict:
         if field not in base:
             raise ConfigError(f"{source}: {_unknown(field, base)}")
     for field in base:
-        if field not in given:
+        if field not in given and complete:
             raise ConfigError(f"{source}: config.{field} is missing; every recipe starts from configs/medglip_t.py")
     for field, value in given.items():
         _set(result, field, _convert(value, base[field], field))

@@ -24,7 +24,7 @@ from medglip_jax.configuration import load_config
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.export import export
-from medglip_jax.predict import load_model
+from medglip_jax.pretrained import load_model
 from medglip_jax.train import EVALUATION_FILE, SHEET_FILE, train
 from medglip_jax.training.checkpoint import CHECKPOINTS
 

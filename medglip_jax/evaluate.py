@@ -14,7 +14,7 @@ from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records
 from medglip_jax.parallel.mesh import initialize_distributed, make_mesh
-from medglip_jax.predict import load_model
+from medglip_jax.pretrained import load_model
 from medglip_jax.training.checkpoint import locate
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--config", metavar="FILE", help="recipe; default: the one the checkpoint was trained with")
-    add("--checkpoint", required=True, metavar="DIR", help="working directory of a training run")
+    add("--checkpoint", required=True, metavar="DIR", help="a run's working directory, or an exported folder")
     add("--data", metavar="RECORDS", help="records, as DIR or DIR:SPLIT; default: config.data.eval")
     add("--output", metavar="FILE", help="JSON file for the results")
     add("--sheet", metavar="FILE", help="image file for a contact sheet of predicted and true boxes")

@@ -181,16 +181,18 @@ def parameter_shapes(model: Module, config: ConfigDict) -> dict[str, Any]:
     return jax.eval_shape(model.init, jax.random.key(0), image, tokens, tokens)["params"]
 
 
+def flat_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a parameter tree, or of its shapes, by path."""
+    return {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
 def check_parameters(params: Any, model: Module, config: ConfigDict, checkpoint: str) -> None:
     """Checks that parameters fit the model.
 
     Raises:
         ValueError: names the checkpoint and the first parameters that are missing, unknown or of another shape.
     """
-    found, wanted = (
-        {path_name(path): np.shape(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (params, parameter_shapes(model, config))
-    )
+    found, wanted = flat_shapes(params), flat_shapes(parameter_shapes(model, config))
     if mismatches := list_mismatches(found, wanted, "the model"):
         raise ValueError(
             f"{checkpoint} holds a model of another size than config.model describes; leave out --config to use the "

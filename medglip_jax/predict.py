@@ -16,22 +16,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
 
-import jax
 import numpy as np
 from flax.linen import Module
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from data_pipelines.images import store_image
-from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer
+from data_pipelines.text import TextTokenizer, build_prompts
 from data_pipelines.transforms import decode_image, resize_into
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import write_json
-from medglip_jax.inference import Detections, check_parameters, make_detector, merge, power_of_two, stack_prompts
-from medglip_jax.model.detector import GLIP
-from medglip_jax.training.checkpoint import TOKENIZER, load_params, locate
+from medglip_jax.inference import Detections, make_detector, merge, power_of_two, stack_prompts
+from medglip_jax.pretrained import load_model
 
 ImageLike: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image
 Phrases: TypeAlias = str | Sequence[str]
@@ -233,39 +230,6 @@ def _phrases_of_each(phrases: Any, count: int, single: bool) -> list[list[str]]:
     return [split_phrases(names) for names in phrases]
 
 
-def load_model(
-    path: str | os.PathLike,
-    *,
-    use_ema: bool | None = None,
-    config: ConfigDict | None = None,
-    mesh: Mesh | None = None,
-) -> tuple[GLIP, Any, ConfigDict, TextTokenizer]:
-    """Loads the detector of a run: the module, its parameters, the recipe and the tokenizer.
-
-    Args:
-        path: the run's working directory (its newest checkpoint is read), or WORKDIR/checkpoints/STEP.
-        use_ema: load the averaged parameters; None does what the run's recipe says.
-        config: a recipe to use instead of the run's own.
-        mesh: where to put the parameters; None puts them on the default device.
-
-    Raises:
-        OSError, ValueError: there is no readable checkpoint, its parameters do not fit the recipe, or its tokenizer
-            has more tokens than the model knows.
-    """
-    params, own = load_params(path, use_ema=use_ema, mesh=mesh)
-    config = own if config is None else config
-    model = GLIP(config.model)
-    check_parameters(params, model, config, os.fspath(path))
-    saved = locate(path)[0] / TOKENIZER
-    tokenizer = load_tokenizer(os.fspath(saved) if saved.is_dir() else config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.bert.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model of {path} knows "
-            f"{config.model.bert.vocab_size}: use the tokenizer that it was trained with"
-        )
-    return model, params if mesh else jax.device_put(params), config, tokenizer
-
-
 def _draw(images: Sequence[str], predictions: Sequence[Prediction], out: str) -> None:
     entries = [
         SheetEntry(read_image(path), pathlib.Path(path).name, found.boxes, found.phrases, found.scores)
@@ -288,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     """Predicts, prints what was found, and draws it."""
     parser = argparse.ArgumentParser(prog="medglip predict", description="Finds phrases in images and draws the boxes.")
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR", help="working directory of a training run")
+    add("--checkpoint", required=True, metavar="DIR", help="a run's working directory, or an exported folder")
     add("--image", required=True, nargs="+", metavar="FILE", help="image files")
     add("--phrases", required=True, help="what to look for, as 'left lung. nodule'")
     add("--out", metavar="FILE", help="image file to draw the boxes into")

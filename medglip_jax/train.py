@@ -39,6 +39,7 @@ from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, initialize_distributed, make_mesh, to_global
+from medglip_jax.pretrained import pretrained_parameters, start_from
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
 from medglip_jax.training.logging import MetricsLog, ProgressBar
 from medglip_jax.training.optimizer import make_optimizer
@@ -171,7 +172,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
 
         rng = jax.random.key(config.seed)
         if checkpoints.latest_step is None:
+            pretrained = pretrained_parameters(config, tell=print if jax.process_index() == 0 else lambda report: None)
             state, placed = create_state(model, config, optimizer, rng, mesh)
+            state = start_from(state, pretrained)
         else:
             target = abstract_state(model, config, optimizer, rng, mesh)
             placed = jax.tree.map(lambda x: x.sharding, target)

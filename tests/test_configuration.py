@@ -79,11 +79,23 @@ def test_unknown_and_missing_fields_of_a_recipe_are_named(tmp_path):
     save_config(config, tmp_path / "config.json")
     with pytest.raises(ConfigError, match=r"optimizer\.weight_decai; the nearest is config\.optimizer\.weight_decay"):
         load_config(tmp_path)
-    del config.optimizer.weight_decai
-    del config.optimizer.eps
-    save_config(config, tmp_path / "config.json")
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text("from configs import medglip_t\ndef get_config():\n    config = medglip_t.get_config()\n")
+    with recipe.open("a") as file:
+        file.write("    del config.optimizer.eps\n    return config\n")
     with pytest.raises(ConfigError, match=r"config\.optimizer\.eps is missing"):
-        load_config(tmp_path)
+        load_config(recipe)
+
+
+def test_fields_newer_than_a_run_have_the_values_of_the_base_recipe(tmp_path):
+    config = get_config()
+    config.optimizer.b1 = 0.5
+    del config.optimizer.eps
+    del config.init
+    save_config(config, tmp_path / "config.json")
+    assert load_config(tmp_path).optimizer.eps == get_config().optimizer.eps
+    assert load_config(tmp_path).optimizer.b1 == 0.5
+    assert load_config(tmp_path).init.model == ""
 
 
 def test_unreadable_recipe_is_named(tmp_path):

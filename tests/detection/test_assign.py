@@ -3,36 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.parity import assign_plainly
 from medglip_jax.detection.anchors import level_shapes, make_anchors
 from medglip_jax.detection.assign import assign_anchors
 
 STRIDES = (8, 16, 32, 64, 128)
 assign = jax.jit(assign_anchors, static_argnums=(1, 4))
-
-
-def assign_plainly(anchors, level_sizes, boxes, topk):
-    """ATSS as the paper writes it, box by box, in NumPy; boxes half-open, overlaps between inclusive corners."""
-    anchors, boxes = anchors.astype(np.float64) - [0, 0, 1, 1], boxes.astype(np.float64) - [0, 0, 1, 1]
-    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
-    best, assigned = np.full(len(anchors), -np.inf), np.full(len(anchors), -1)
-    for number, box in enumerate(boxes):
-        distances = np.linalg.norm(centers - (box[:2] + box[2:]) / 2, axis=1)
-        candidates, start = [], 0
-        for size in level_sizes:
-            candidates += list(start + np.argsort(distances[start : start + size], kind="stable")[:topk])
-            start += size
-        low = np.maximum(anchors[candidates, :2], box[:2])
-        high = np.minimum(anchors[candidates, 2:], box[2:])
-        intersection = np.prod(np.maximum(high - low, 0), axis=1)
-        areas = np.prod(anchors[candidates, 2:] - anchors[candidates, :2], axis=1)
-        ious = intersection / (areas + np.prod(box[2:] - box[:2]) - intersection)
-        threshold = ious.mean() + ious.std(ddof=1)
-        for anchor, overlap in zip(candidates, ious, strict=True):
-            x, y = centers[anchor]
-            inside = min(x - box[0], y - box[1], box[2] - x, box[3] - y) > 0.01
-            if overlap >= threshold and inside and overlap > best[anchor]:
-                best[anchor], assigned[anchor] = overlap, number
-    return assigned
 
 
 def random_boxes(seed, number, height, width):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medglip_jax.model.detector import GLIP
+from medglip_jax.model.detector import GLIP, flatten_levels
 from medglip_jax.model.dyhead import crop_as_flat_buffer, resize_align_corners
 from medglip_jax.model.pixels import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
@@ -90,3 +90,9 @@ def test_resize_maps_corners_onto_corners():
     np.testing.assert_allclose(y[0], np.linspace(0, 1, 5))
     np.testing.assert_allclose(y[:, 0], np.linspace(0, 2, 3))
     np.testing.assert_allclose(np.asarray(resize_align_corners(x[:, :1, :1], 2, 2)), 0)
+
+
+def test_flatten_levels_puts_the_finest_level_first():
+    levels = tuple(np.full((1, s, s, 2), s, np.float32) for s in (4, 2, 1))
+    flat = np.asarray(flatten_levels(levels))
+    assert flat[0, :, 0].tolist() == [4.0] * 16 + [2.0] * 4 + [1.0]

@@ -1,0 +1,134 @@
+"""Checkpoints as PyTorch's own .pth files: what mmdetection and Microsoft's code load."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_pipelines.text import TextTokenizer
+from medglip_jax.interop import glip, mmdet, mmdet_config
+from medglip_jax.interop.folder import PICKLE_FILE, WEIGHTS_FILE, replaced, save_weights
+from medglip_jax.interop.reading import read_state_dict
+from medglip_jax.interop.state_dict import Params
+
+_ONE_FILE = 1 << 62
+
+MMDET_CONFIG, GLIP_CONFIG, LANGUAGE = "glip_config.py", "glip_config.yaml", "bert"
+
+
+def _require_torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "a .pth file needs PyTorch to be written: install the extra `torch` (pip install 'medglip_jax[torch]')"
+        ) from None
+    return torch
+
+
+def _save_pickle(weights: pathlib.Path, key: str) -> None:
+    """Turns a safetensors file into a .pth beside it, {key: state dict}; the arrays stay in the mapped file."""
+    from safetensors import safe_open
+
+    torch = _require_torch()
+    file: Any
+    with safe_open(weights, framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    torch.save({key: state}, weights.with_name(PICKLE_FILE))
+    weights.unlink()
+
+
+def bert_config(config: ConfigDict) -> dict[str, Any]:
+    """Returns the config.json of a Hugging Face BertModel with the sizes of the text encoder."""
+    bert = config.model.bert
+    return {
+        "model_type": "bert",
+        "architectures": ["BertModel"],
+        "vocab_size": bert.vocab_size,
+        "hidden_size": bert.hidden_size,
+        "num_hidden_layers": bert.num_layers,
+        "num_attention_heads": bert.num_heads,
+        "intermediate_size": bert.intermediate_size,
+        "max_position_embeddings": bert.max_positions,
+        "hidden_dropout_prob": bert.dropout,
+        "attention_probs_dropout_prob": bert.dropout,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "hidden_act": "gelu",
+        "pad_token_id": 0,
+    }
+
+
+def write_language(state_dict: Any, config: ConfigDict, tokenizer: TextTokenizer, directory: pathlib.Path) -> None:
+    """Writes the text encoder as a folder that BertModel and AutoTokenizer load.
+
+    Args:
+        state_dict: of the whole model, by mmdetection name.
+        config: the recipe.
+        tokenizer: of the prompts.
+        directory: made.
+    """
+    from safetensors.numpy import save_file
+
+    directory.mkdir()
+    prefix = f"{mmdet.LANGUAGE}."
+    arrays = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
+    save_file(arrays, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(bert_config(config), indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(directory)
+
+
+def write_mmdet(
+    params: Params, config: ConfigDict, tokenizer: TextTokenizer, directory: str | os.PathLike
+) -> pathlib.Path:
+    """Writes a model for mmdetection: model.pth, a config file, and the folder of the BERT that it builds first.
+
+    Args:
+        params: the model's parameters; emptied on the way.
+        config: the recipe.
+        tokenizer: of the prompts.
+        directory: made if missing; an older export in it is replaced, other files beside it stay.
+
+    Returns:
+        The path of model.pth.
+
+    Raises:
+        ValueError: PyTorch is missing, or mmdetection's GLIP cannot be built with these sizes.
+    """
+    text = mmdet_config.config_file(config, config_file=MMDET_CONFIG, weights_file=PICKLE_FILE, language=LANGUAGE)
+    _require_torch()
+    with replaced(directory) as staging:
+        weights = save_weights(params, mmdet.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
+        write_language(read_state_dict(weights), config, tokenizer, staging / LANGUAGE)
+        _save_pickle(weights, "state_dict")
+        (staging / MMDET_CONFIG).write_text(text, encoding="utf-8")
+    return pathlib.Path(directory).resolve() / PICKLE_FILE
+
+
+def write_glip(
+    params: Params, config: ConfigDict, tokenizer: TextTokenizer, directory: str | os.PathLike
+) -> pathlib.Path:
+    """Writes a model for Microsoft's GLIP: model.pth, its yaml, and the tokenizer.
+
+    Args:
+        params: the model's parameters; emptied on the way.
+        config: the recipe.
+        tokenizer: of the prompts.
+        directory: made if missing; an older export in it is replaced, other files beside it stay.
+
+    Returns:
+        The path of model.pth.
+
+    Raises:
+        ValueError: PyTorch is missing, or Microsoft's code cannot build a GLIP of these sizes.
+    """
+    text = glip.config_yaml(config)
+    _require_torch()
+    with replaced(directory) as staging:
+        weights = save_weights(params, glip.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
+        _save_pickle(weights, "model")
+        (staging / GLIP_CONFIG).write_text(text, encoding="utf-8")
+        tokenizer.save(staging / "tokenizer")
+    return pathlib.Path(directory).resolve() / PICKLE_FILE
