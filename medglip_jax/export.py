@@ -36,7 +36,7 @@ from medglip_jax.interop.folder import (
 )
 from medglip_jax.interop.onnx import ONNX_FILE, OnnxModel, write_onnx
 from medglip_jax.interop.reading import read_state_dict
-from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin
+from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin, require_torch
 from medglip_jax.predict import MedGLIP, split_phrases
 from medglip_jax.pretrained import load_arrays, tokenizer_of
 from medglip_jax.train import EVALUATION_FILE
@@ -173,15 +173,19 @@ def main(argv: list[str] | None = None) -> int:
     if options.max_shard <= 0:
         raise ValueError(f"--max-shard is {options.max_shard}: it must be above 0")
 
+    if options.verify is not None or options.onnx or options.format != "huggingface":
+        require_torch()
+
     use_ema = False if options.no_ema else None
     params, config = load_arrays(options.checkpoint, use_ema)
     tokenizer = tokenizer_of(options.checkpoint, config)
+    # Of a run with an average of the parameters, it is the average that was evaluated.
     averaged = not is_folder(options.checkpoint) and config.optimizer.ema and config.evaluation.use_ema
     about = {
         "name": pathlib.Path(options.output).resolve().name,
         "parameters": _count(params),
         "kind": "running average of the run" if averaged and not options.no_ema else "parameters as they are",
-        "results": _results(options.checkpoint),
+        "results": None if averaged and options.no_ema else _results(options.checkpoint),
     }
     if options.format == "huggingface":
         card, shard = model_card(config, **about), int(options.max_shard * 1e9)

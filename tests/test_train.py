@@ -190,6 +190,7 @@ def test_export_of_the_parameters_themselves(run, tmp_path, capsys):
     assert export.main(["--checkpoint", str(run[0]), "--output", str(tmp_path / "export"), "--no-ema"]) == 0
     params, _ = export.read_export(tmp_path / "export")
     jax.tree.map(np.testing.assert_array_equal, params, load_params(run[0], use_ema=False)[0])
+    assert "AP50" not in (tmp_path / "export" / "README.md").read_text()  # the average was evaluated
     again = ["--checkpoint", str(tmp_path / "export"), "--output", str(tmp_path / "again")]
     assert export.main(again) == 0  # an export is a checkpoint
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "again")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from medglip_jax.interop.verify import load_twin
+from medglip_jax.interop.verify import load_twin, require_torch
 
 ONNX_FILE = "model.onnx"
 OUTPUTS = ("token_logits", "box_deltas", "centerness", "boxes", "phrase_scores")
@@ -30,9 +30,8 @@ def write_onnx(folder: str | os.PathLike) -> pathlib.Path:
     Raises:
         ValueError: PyTorch or its ONNX exporter is not installed.
     """
+    torch = require_torch()
     model, processor = load_twin(folder)
-    import torch
-
     try:
         import onnxscript  # noqa: F401
     except ImportError:
@@ -92,7 +91,7 @@ class OnnxModel:
             raise ValueError(f"{folder} has no {ONNX_FILE}: write it with medglip export --onnx")
         self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
-    def __call__(self, **inputs: Any) -> Mapping[str, np.ndarray]:
+    def __call__(self, **inputs: Any) -> Mapping[str, Any]:
         """Returns the graph's outputs by name."""
         arrays = {name: np.asarray(x) for name, x in inputs.items()}
         return dict(zip(OUTPUTS, self._session.run(list(OUTPUTS), arrays), strict=True))

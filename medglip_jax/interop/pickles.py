@@ -12,27 +12,18 @@ from medglip_jax.interop import glip, mmdet, mmdet_config
 from medglip_jax.interop.folder import PICKLE_FILE, WEIGHTS_FILE, replaced, save_weights
 from medglip_jax.interop.reading import read_state_dict
 from medglip_jax.interop.state_dict import Params
+from medglip_jax.interop.verify import require_torch
 
 _ONE_FILE = 1 << 62
 
 MMDET_CONFIG, GLIP_CONFIG, LANGUAGE = "glip_config.py", "glip_config.yaml", "bert"
 
 
-def _require_torch() -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            "a .pth file needs PyTorch to be written: install the extra `torch` (pip install 'medglip_jax[torch]')"
-        ) from None
-    return torch
-
-
 def _save_pickle(weights: pathlib.Path, key: str) -> None:
     """Turns a safetensors file into a .pth beside it, {key: state dict}; the arrays stay in the mapped file."""
     from safetensors import safe_open
 
-    torch = _require_torch()
+    torch = require_torch()
     file: Any
     with safe_open(weights, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
@@ -98,7 +89,7 @@ def write_mmdet(
         ValueError: PyTorch is missing, or mmdetection's GLIP cannot be built with these sizes.
     """
     text = mmdet_config.config_file(config, config_file=MMDET_CONFIG, weights_file=PICKLE_FILE, language=LANGUAGE)
-    _require_torch()
+    require_torch()
     with replaced(directory) as staging:
         weights = save_weights(params, mmdet.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
         write_language(read_state_dict(weights), config, tokenizer, staging / LANGUAGE)
@@ -125,7 +116,7 @@ def write_glip(
         ValueError: PyTorch is missing, or Microsoft's code cannot build a GLIP of these sizes.
     """
     text = glip.config_yaml(config)
-    _require_torch()
+    require_torch()
     with replaced(directory) as staging:
         weights = save_weights(params, glip.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
         _save_pickle(weights, "model")

@@ -80,16 +80,26 @@ def match_detections(
     return unmatched + int(free.sum()), box_error, score_error
 
 
+def require_torch() -> Any:
+    """Returns the module torch.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("this needs PyTorch: install the extra `torch` (pip install 'medglip_jax[torch]')") from None
+    return torch
+
+
 def load_twin(folder: str | os.PathLike) -> tuple[Any, Any]:
     """Loads an exported folder as a stranger would, with Hugging Face's AutoModel and AutoProcessor.
 
     Raises:
         ValueError: PyTorch is not installed.
     """
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise ValueError("this needs PyTorch: install the extra `torch` (pip install 'medglip_jax[torch]')") from None
+    require_torch()
     from transformers import AutoModel, AutoProcessor
 
     path = os.fspath(folder)

@@ -1,5 +1,7 @@
 """`medglip export --verify`, and how detections of two models are paired."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from data_pipelines.text import load_tokenizer
 from medglip_jax import export
 from medglip_jax.interop.folder import write_folder
+from medglip_jax.interop.onnx import OnnxModel
 from medglip_jax.interop.verify import Agreement, match_detections
 
 BOXES = np.float32([[0, 0, 10, 10], [5, 5, 20, 20], [0, 0, 10, 10]])
@@ -86,6 +89,21 @@ class TestCommand:
         arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--verify", "a.png"]
         assert export.main(arguments) == 1
         assert "needs --phrases" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--verify"], ["--onnx"], ["--format", "mmdet"], ["--format", "glip"]])
+def test_missing_pytorch_is_told_before_anything_is_written(option, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    arguments = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *option]
+    assert export.main(arguments) == 1
+    assert "pip install 'medglip_jax[torch]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_without_an_onnx_file_is_told(checkpoint):
+    pytest.importorskip("onnxruntime", reason="needs the packages of the extra `onnx`")
+    with pytest.raises(ValueError, match=r"no model\.onnx: write it with medglip export --onnx"):
+        OnnxModel(checkpoint)
 
 
 def test_real_images_of_many_modalities_give_the_same_detections(
