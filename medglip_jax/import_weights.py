@@ -83,7 +83,7 @@ def infer_model(state_dict: Mapping[str, Any], config: ConfigDict, naming: str) 
 
 def _tokenizer_beside(path: pathlib.Path) -> str:
     folder = path if path.is_dir() else path.parent
-    for candidate in (folder, folder / LANGUAGE, folder / "tokenizer"):
+    for candidate in (folder, folder / LANGUAGE, folder / glip.BERT):
         if (candidate / "tokenizer.json").is_file() or (candidate / "vocab.txt").is_file():
             return str(candidate)
     raise ValueError(

@@ -78,6 +78,7 @@ def replaced(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
         files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
         for file in sorted(files, key=lambda file: (file.name in weights, file.name.startswith("model-"))):
             (target / file).parent.mkdir(parents=True, exist_ok=True)
+            (staging / file).chmod(0o644)  # safetensors writes files that only their owner may read
             os.replace(staging / file, target / file)
 
 

@@ -37,21 +37,30 @@ _LAYOUTS = {
 }
 _IGNORED = {"cls_logits", "anchor_generator", "resizer", "pooler", "relative_position_index", "position_ids"}
 
+LANGUAGE = "language_backbone.body.model"  # the text encoder, with Hugging Face's names under it
+# The only BERT that Microsoft's code asks for, tokenizer included. It takes a folder of this name in the current
+# directory for it, of any size but the width.
+BERT = "bert-base-uncased"
+
 # What Microsoft's code does not read from its configuration: modeling/rpn/vldyhead.py, layers/dyrelu.py and
-# language_backbone/bert_model.py, which builds bert-base-uncased and nothing else.
+# language_backbone/bert_model.py.
 _FIXED = {
-    "bert.vocab_size": 30522,
     "bert.hidden_size": 768,
-    "bert.num_layers": 12,
-    "bert.num_heads": 12,
-    "bert.intermediate_size": 3072,
-    "bert.max_positions": 512,
-    "bert.dropout": 0.1,
     "tower.fusion_dim": 2048,
     "tower.fusion_heads": 8,
     "tower.fusion_dropout": 0.1,
     "tower.legacy_offsets": True,
 }
+_HEADER = f"""# A GLIP that medglip_jax trained, for Microsoft's code. Run it in this folder: the code asks for {BERT}
+# by name, and takes the folder of that name in the current directory for it.
+#
+#     cfg.merge_from_file("glip_config.yaml")
+#     cfg.merge_from_list(["MODEL.WEIGHT", "model.pth"])
+#     demo = GLIPDemo(cfg, min_image_size=cfg.INPUT.MIN_SIZE_TEST)
+#     demo.compute_prediction(bgr, "left lung. nodule", [{{"span": "left lung"}}, {{"span": "nodule"}}])
+#
+# Boxes are x0 y0 x1 y1 of the first and the last pixel; label 1 is the first phrase.
+"""
 
 
 def parameter_names(config: ConfigDict) -> list[Weight]:
@@ -91,14 +100,14 @@ def is_ignored(name: str) -> bool:
     return not _IGNORED.isdisjoint(name.split("."))
 
 
-def config_yaml(recipe: ConfigDict, *, tokenizer: str = "bert-base-uncased") -> str:
+def config_yaml(recipe: ConfigDict) -> str:
     """Returns the configuration with which Microsoft's code builds the model and detects as the recipe does.
 
-    It has no MODEL.WEIGHT and no data sets; the commands take the weights as `--weight FILE`.
+    It has no MODEL.WEIGHT and no data sets; the commands take the weights as `--weight FILE`. They must find the text
+    encoder and the tokenizer as the folder `BERT` in the current directory.
 
     Args:
         recipe: reads `model`, `detection` and `data`.
-        tokenizer: what Microsoft's code loads the tokenizer from. It must have the model's vocabulary.
 
     Raises:
         ValueError: names the fields of the recipe that Microsoft's code has another, fixed value for.
@@ -142,8 +151,8 @@ def config_yaml(recipe: ConfigDict, *, tokenizer: str = "bert-base-uncased") -> 
             "FPN": {"DROP_BLOCK": model.fpn.drop_block > 0, "DROP_PROB": model.fpn.drop_block},
             "GROUP_NORM": {"NUM_GROUPS": model.tower.norm_groups},
             "LANGUAGE_BACKBONE": {
-                "MODEL_TYPE": "bert-base-uncased",
-                "TOKENIZER_TYPE": tokenizer,
+                "MODEL_TYPE": BERT,
+                "TOKENIZER_TYPE": BERT,
                 "LANG_DIM": model.bert.hidden_size,
                 "MAX_QUERY_LEN": data.max_tokens,
                 "MASK_SPECIAL": False,
@@ -158,6 +167,7 @@ def config_yaml(recipe: ConfigDict, *, tokenizer: str = "bert-base-uncased") -> 
             "DYHEAD": {
                 "CHANNELS": channels,
                 "NUM_CONVS": model.tower.num_blocks,
+                "NUM_CLASSES": data.max_tokens + 1,  # more than the phrases of a prompt; 81 would be its default
                 "USE_GN": True,
                 "USE_DYRELU": True,
                 "USE_DFCONV": True,
@@ -192,4 +202,4 @@ def config_yaml(recipe: ConfigDict, *, tokenizer: str = "bert-base-uncased") -> 
         },
         "DATALOADER": {"SIZE_DIVISIBILITY": 32},
     }
-    return yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120)
+    return _HEADER + yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120)

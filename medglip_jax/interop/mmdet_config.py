@@ -20,18 +20,48 @@ _TEMPLATE = '''"""{title}
 mmdetection 3.3 runs it with the weights beside it:
 
     from mmdet.apis import DetInferencer
-    detector = DetInferencer(model="{config_file}", weights="{weights_file}")
+    detector = DetInferencer(model="FOLDER/{config_file}", weights="FOLDER/{weights_file}")
     detector("image.png", texts="{example}", custom_entities=True)
 
-Paths are relative to the folder that this file lies in.
+It needs mmcv with its compiled operators, and transformers 4. The folder {language} must lie beside this file.
 """
 
-lang_model_name = "{language}"
-canvas = {canvas}  # height, width that the model was trained on; images are padded to it with the mean, which is 0
+
+def _register():
+    """Registers how images were resized in training; none of mmdetection's transforms fits all of them so."""
+    cv2, np = __import__("cv2"), __import__("numpy")  # a config file that has import statements is read otherwise
+    base = __import__("mmcv.transforms").transforms.BaseTransform
+
+    class ResizeIntoCanvas(base):
+        """As large as fits into the canvas, then padded on the right and below."""
+
+        def __init__(self, size, pad_val):
+            self.size, self.pad_val = size, pad_val
+
+        def transform(self, results):
+            image = results["img"]
+            height, width = image.shape[:2]
+            factor = min(self.size[0] / height, self.size[1] / width)
+            new = tuple(min(max(round(factor * n), 1), limit) for n, limit in zip((height, width), self.size))
+            if new != (height, width):
+                image = cv2.resize(image, new[::-1], interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+            canvas = np.tile(np.array(self.pad_val, np.float32), (*self.size, 1))
+            canvas[: new[0], : new[1]] = image
+            results.update(img=canvas, img_shape=new, scale_factor=(new[1] / width, new[0] / height), keep_ratio=True)
+            return results
+
+    __import__("mmdet.registry").registry.TRANSFORMS.register_module(module=ResizeIntoCanvas, force=True)
+
+
+_register()
+
+lang_model_name = "{{{{ fileDirname }}}}/{language}"  # mmengine fills in the folder of this file
+canvas = {canvas}  # height, width that the model was trained on
+mean = {mean}  # blue, green, red; images are padded with it
 
 model = dict(
     type="GLIP",
-    data_preprocessor=dict(type="DetDataPreprocessor", mean={mean}, std={std}, bgr_to_rgb=False),
+    data_preprocessor=dict(type="DetDataPreprocessor", mean=mean, std={std}, bgr_to_rgb=False),
     backbone=dict(
         type="SwinTransformer",
         embed_dims={embed_dim},
@@ -92,21 +122,32 @@ model = dict(
 )
 
 test_pipeline = [
-    dict(type="LoadImageFromFile", to_float32=True),
-    dict(type="Resize", scale=canvas[::-1], keep_ratio=True),
-    dict(type="Pad", size=canvas[::-1], pad_val=dict(img={mean})),
+    dict(type="LoadImageFromFile"),
+    dict(type="ResizeIntoCanvas", size=canvas, pad_val=mean),
     dict(
         type="PackDetInputs",
         meta_keys=(
-            "img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "text", "custom_entities", "caption"
+            "img_id",
+            "img_path",
+            "ori_shape",
+            "img_shape",
+            "scale_factor",
+            "text",
+            "custom_entities",
+            "caption_prompt",
+            "tokens_positive",
         ),
     ),
 ]
 test_dataloader = dict(
     batch_size=1,
-    dataset=dict(type="CocoDataset", pipeline=test_pipeline, return_classes=True),
+    num_workers=0,
+    sampler=dict(type="DefaultSampler", shuffle=False),
+    dataset=dict(type="CocoDataset", test_mode=True, pipeline=test_pipeline, return_classes=True),
 )
-test_evaluator = dict(type="CocoMetric")
+test_evaluator = dict(type="CocoMetric", metric="bbox")
+test_cfg = dict(type="TestLoop")
+visualizer = dict(type="DetLocalVisualizer")
 default_scope = "mmdet"
 '''
 

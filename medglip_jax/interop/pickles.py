@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.text import TextTokenizer
 from medglip_jax.interop import glip, mmdet, mmdet_config
 from medglip_jax.interop.folder import PICKLE_FILE, WEIGHTS_FILE, replaced, save_weights
 from medglip_jax.interop.reading import read_state_dict
-from medglip_jax.interop.state_dict import Params
+from medglip_jax.interop.state_dict import Params, Weight
 from medglip_jax.interop.verify import require_torch
 
 _ONE_FILE = 1 << 62
@@ -19,16 +21,37 @@ _ONE_FILE = 1 << 62
 MMDET_CONFIG, GLIP_CONFIG, LANGUAGE = "glip_config.py", "glip_config.yaml", "bert"
 
 
-def _save_pickle(weights: pathlib.Path, key: str) -> None:
-    """Turns a safetensors file into a .pth beside it, {key: state dict}; the arrays stay in the mapped file."""
+def _save_pickle(weights: pathlib.Path, key: str, buffers: dict[str, np.ndarray], **more: Any) -> None:
+    """Turns a safetensors file into a .pth beside it, {key: state dict}; the arrays stay in the mapped file.
+
+    Args:
+        weights: the file, deleted.
+        key: of the state dict.
+        buffers: what the state dict has beside the file's arrays.
+        more: other entries of the .pth.
+    """
     from safetensors import safe_open
 
     torch = require_torch()
     file: Any
     with safe_open(weights, framework="pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    torch.save({key: state}, weights.with_name(PICKLE_FILE))
+        state |= {name: torch.from_numpy(x) for name, x in buffers.items()}
+        torch.save({key: state, **more}, weights.with_name(PICKLE_FILE))
     weights.unlink()
+
+
+def _window_indices(weights: Sequence[Weight], window: int) -> dict[str, np.ndarray]:
+    """Returns the index of each table of relative positions, a buffer that both code bases keep in the state dict."""
+    rows, columns = (x.ravel() for x in np.meshgrid(np.arange(window), np.arange(window), indexing="ij"))
+    apart = (x[:, None] - x + window - 1 for x in (rows, columns))
+    index = np.ascontiguousarray(next(apart) * (2 * window - 1) + next(apart))
+    table = "relative_position_bias_table"
+    return {
+        weight.theirs.replace(table, "relative_position_index"): index
+        for weight in weights
+        if weight.theirs.endswith(table)
+    }
 
 
 def bert_config(config: ConfigDict) -> dict[str, Any]:
@@ -52,11 +75,14 @@ def bert_config(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def write_language(state_dict: Any, config: ConfigDict, tokenizer: TextTokenizer, directory: pathlib.Path) -> None:
+def write_language(
+    state_dict: Any, prefix: str, config: ConfigDict, tokenizer: TextTokenizer, directory: pathlib.Path
+) -> None:
     """Writes the text encoder as a folder that BertModel and AutoTokenizer load.
 
     Args:
-        state_dict: of the whole model, by mmdetection name.
+        state_dict: of the whole model.
+        prefix: of the text encoder's names in it.
         config: the recipe.
         tokenizer: of the prompts.
         directory: made.
@@ -64,7 +90,6 @@ def write_language(state_dict: Any, config: ConfigDict, tokenizer: TextTokenizer
     from safetensors.numpy import save_file
 
     directory.mkdir()
-    prefix = f"{mmdet.LANGUAGE}."
     arrays = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
     save_file(arrays, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(bert_config(config), indent=2) + "\n", encoding="utf-8")
@@ -91,9 +116,11 @@ def write_mmdet(
     text = mmdet_config.config_file(config, config_file=MMDET_CONFIG, weights_file=PICKLE_FILE, language=LANGUAGE)
     require_torch()
     with replaced(directory) as staging:
-        weights = save_weights(params, mmdet.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
-        write_language(read_state_dict(weights), config, tokenizer, staging / LANGUAGE)
-        _save_pickle(weights, "state_dict")
+        names = mmdet.parameter_names(config.model)
+        weights = save_weights(params, names, staging, max_shard=_ONE_FILE, consume=True)
+        write_language(read_state_dict(weights), f"{mmdet.LANGUAGE}.", config, tokenizer, staging / LANGUAGE)
+        buffers = _window_indices(names, config.model.swin.window)
+        _save_pickle(weights, "state_dict", buffers, meta={"dataset_meta": {"classes": ()}})
         (staging / MMDET_CONFIG).write_text(text, encoding="utf-8")
     return pathlib.Path(directory).resolve() / PICKLE_FILE
 
@@ -101,7 +128,7 @@ def write_mmdet(
 def write_glip(
     params: Params, config: ConfigDict, tokenizer: TextTokenizer, directory: str | os.PathLike
 ) -> pathlib.Path:
-    """Writes a model for Microsoft's GLIP: model.pth, its yaml, and the tokenizer.
+    """Writes a model for Microsoft's GLIP: model.pth, its yaml, and the folder of the BERT that it builds first.
 
     Args:
         params: the model's parameters; emptied on the way.
@@ -118,8 +145,9 @@ def write_glip(
     text = glip.config_yaml(config)
     require_torch()
     with replaced(directory) as staging:
-        weights = save_weights(params, glip.parameter_names(config.model), staging, max_shard=_ONE_FILE, consume=True)
-        _save_pickle(weights, "model")
+        names = glip.parameter_names(config.model)
+        weights = save_weights(params, names, staging, max_shard=_ONE_FILE, consume=True)
+        write_language(read_state_dict(weights), f"{glip.LANGUAGE}.", config, tokenizer, staging / glip.BERT)
+        _save_pickle(weights, "model", _window_indices(names, config.model.swin.window))
         (staging / GLIP_CONFIG).write_text(text, encoding="utf-8")
-        tokenizer.save(staging / "tokenizer")
     return pathlib.Path(directory).resolve() / PICKLE_FILE

@@ -145,7 +145,7 @@ def test_the_model_without_fusion_is_reported(shared_dir, tiny_config, shapes, p
 
 
 def test_the_yaml_has_the_sizes_of_the_model():
-    fields = yaml.safe_load(glip.config_yaml(medglip_l.get_config(), tokenizer="tokenizer"))["MODEL"]
+    fields = yaml.safe_load(glip.config_yaml(medglip_l.get_config()))["MODEL"]
     assert fields["SWINT"] == {  # configs/pretrain/glip_Swin_L.yaml
         "EMBED_DIM": 192,
         "DEPTHS": [2, 2, 18, 2],
@@ -157,7 +157,7 @@ def test_the_yaml_has_the_sizes_of_the_model():
     }
     assert fields["DYHEAD"]["NUM_CONVS"] == 8
     assert fields["RPN"]["ANCHOR_SIZES"] == [64, 128, 256, 512, 1024]
-    assert fields["LANGUAGE_BACKBONE"]["TOKENIZER_TYPE"] == "tokenizer"
+    assert fields["LANGUAGE_BACKBONE"]["TOKENIZER_TYPE"] == glip.BERT
 
 
 def test_channels_and_groups_can_change_in_microsofts_code():
@@ -171,12 +171,12 @@ def test_channels_and_groups_can_change_in_microsofts_code():
 
 def test_fields_that_microsofts_code_fixes_are_named():
     config = medglip_t.get_config()
-    config.model.bert.vocab_size, config.model.tower.fusion_dim = 4096, 1024
+    config.model.bert.vocab_size, config.model.bert.hidden_size, config.model.tower.fusion_dim = 4096, 384, 1024
     config.model.tower.legacy_offsets = False
     with pytest.raises(ValueError) as error:
         glip.config_yaml(config)
     assert re.findall(r"config\.model\.(\S+) is (\S+), not (\S+)", str(error.value)) == [
-        ("bert.vocab_size", "4096", "30522"),
+        ("bert.hidden_size", "384", "768"),
         ("tower.fusion_dim", "1024", "2048"),
         ("tower.legacy_offsets", "False", "True"),
     ]

@@ -27,8 +27,8 @@ def recipe(tiny_config, tmp_path):
 
 @pytest.fixture
 def tokenizer(tmp_path):
-    load_tokenizer().save(tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
+    load_tokenizer().save(tmp_path / glip.BERT)
+    return tmp_path / glip.BERT
 
 
 def state_dict(params, config, naming):
