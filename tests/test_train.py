@@ -197,6 +197,17 @@ def test_export_of_the_parameters_themselves(run, tmp_path, capsys):
     assert weights[0] == weights[1]
 
 
+def test_run_starts_from_an_exported_model(run, recipe, tmp_path, capsys):
+    _, params, config, tokenizer = load_model(run[0])
+    moved = jax.tree.map(lambda x: np.asarray(x) + 3, params)
+    export.export(moved, config, tokenizer, tmp_path / "export")
+    train(change(recipe, init__model=str(tmp_path / "export"), data__eval=""), tmp_path / "run")
+    assert f"{tmp_path / 'export'}: {len(jax.tree.leaves(params))} parameters" in capsys.readouterr().out
+    trained, _ = load_params(tmp_path / "run")
+    distance = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), trained, moved)
+    assert max(jax.tree.leaves(distance)) < 0.1
+
+
 def test_export_keeps_what_is_not_its_own(run, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     assert export.main(["--checkpoint", str(run[0]), "--output", str(tmp_path)]) == 1

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -32,9 +33,9 @@ from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.ops.deform_conv import Reading, deform_conv_reference
 from medglip_jax.predict import MedGLIP, read_image
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="needs PyTorch, which the extra `torch` installs")
 
+pytestmark = pytest.mark.usefixtures("modules_cache")
 SOURCES = pathlib.Path(torch_model.__file__).parent
 PHRASES = ["left lung", "pleural effusion", "nodule"]
 MANY = [*PHRASES, "right lung", "heart", "aortic arch", "trachea", "left clavicle", "rib fracture", "pneumothorax"]
@@ -92,17 +93,6 @@ def write_folder(folder, config, params):
     for name in ("modeling_medglip.py", "processing_medglip.py"):
         shutil.copy(SOURCES / name, folder)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def modules_cache(tmp_path_factory):
-    """Keeps what transformers copies out of the user's cache."""
-    cache = str(tmp_path_factory.mktemp("modules"))
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("transformers.utils.hub", "transformers.utils", "transformers.dynamic_module_utils"):
-            patch.setattr(f"{module}.HF_MODULES_CACHE", cache)
-        patch.setattr(sys, "path", [*sys.path])
-        yield cache
 
 
 @pytest.fixture(scope="module")
