@@ -125,6 +125,7 @@ def build(
                     "split_seed": split_seed,
                     "skipped": skipped,
                     "unused": list(getattr(source, "unused", ())),
+                    "dropped": dict(getattr(source, "dropped", {})),
                 },
             )
         _replace(staging, output)
@@ -142,6 +143,8 @@ def summarize(metadata: dict[str, Any]) -> str:
         counts = entry["counts"]
         reasons = "".join(f"; {reason}: {count}" for reason, count in counts["dropped"].items())
         lines.append(f"  boxes clipped: {counts['clipped']}; dropped: {sum(counts['dropped'].values())}{reasons}")
+    for reason, count in metadata["build"].get("dropped", {}).items():
+        lines.append(f"regions dropped by the source: {count} {reason}")
     for what, text in (("skipped", "images skipped"), ("unused", "files without annotation or image")):
         entries = metadata["build"][what]
         lines.append(f"{text}: {len(entries)}")

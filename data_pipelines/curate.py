@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from data_pipelines.schema import MODALITIES, GroundingExample, Region
 from data_pipelines.taxonomy import load_taxonomy
@@ -24,6 +25,9 @@ _MODALITY_NAMES = {
     "histology": "histopathology",
     "microscope": "microscopy",
 }
+
+
+_LEAST_PIXELS = 4  # of a mask: fewer are specks that annotation tools leave behind
 
 
 class SourceError(ValueError):
@@ -81,6 +85,8 @@ def box_from_mask(mask: np.ndarray) -> np.ndarray:
 def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
     """Clips the boxes of an example to its image and drops those that cannot be used, counting both.
 
+    Those are boxes without area in the image, and masks of fewer than 4 pixels.
+
     Raises:
         SourceError: a box is not finite; the message names the image.
     """
@@ -90,6 +96,8 @@ def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
             box, fate = clip_box(region.box, example.height, example.width)
         except ValueError as error:
             raise SourceError(f"image {example.image_id}, region {region.phrase!r}: {error}") from None
+        if box is not None and region.mask and coco_mask.area(region.mask) < _LEAST_PIXELS:  # type: ignore[arg-type]
+            box, fate = None, f"mask under {_LEAST_PIXELS} pixels"
         if box is None:
             tally.dropped[fate] += 1
             continue

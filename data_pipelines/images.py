@@ -112,21 +112,49 @@ def store_image(path: str | os.PathLike, annotated_size: tuple[int, int] | None 
     return StoredImage(encoded, *size)
 
 
+def _decode_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
+    _, image = _decode(path)
+    if (image.height, image.width) != size:
+        raise SourceError(f"{path}: the mask is {image.width} x {image.height} pixels, its image {size[1]} x {size[0]}")
+    return image
+
+
 def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     """Returns bool[height, width]: where any colour channel of a mask image is not 0 (transparency does not count).
 
     Raises:
         SourceError: the file is damaged, or its size is not the image's `size` (height, width).
     """
-    _, image = _decode(path)
+    image = _decode_mask(path, size)
     if image.mode == "P":
         image = image.convert("RGB")
     pixels = np.asarray(image)
     if "A" in image.getbands():
         pixels = pixels[..., :-1]
-    if (image.height, image.width) != size:
-        raise SourceError(f"{path}: the mask is {image.width} x {image.height} pixels, its image {size[1]} x {size[0]}")
     return np.any(pixels.reshape(*size, -1), axis=-1, keepdims=True)[..., 0]
+
+
+def read_label_map(path: str | os.PathLike, size: tuple[int, int], colours: bool) -> np.ndarray:
+    """Returns int64[height, width]: the label of each pixel of a mask image that holds several.
+
+    Args:
+        path: mask image; transparency does not count.
+        size: (height, width) of its image.
+        colours: whether a label is its colour, then red * 65536 + green * 256 + blue, or its value: the grey value (of
+            up to 16 bits), or the index into the palette.
+
+    Raises:
+        SourceError: as `read_mask`, or the mask has colours where values are expected.
+    """
+    image = _decode_mask(path, size)
+    if not colours and (image.mode in ("P", "1", "L") or image.mode.startswith("I")):
+        return np.asarray(image, np.int64)
+    pixels = np.asarray(image.convert("RGB"), np.int64)  # [H, W, 3]
+    if colours:
+        return pixels @ np.asarray([65536, 256, 1])
+    if not (pixels == pixels[..., :1]).all():
+        raise SourceError(f"{path}: the mask has colours, its table of labels numbers: give the table r, g, b")
+    return pixels[..., 0]
 
 
 def describe(paths: Iterable[object], limit: int = 3) -> str:

@@ -2,7 +2,7 @@
 
 A source says what its files say; boxes may leave the image, and `data_pipelines.curate` deals with that. It opens an
 image only when asked for the example, and raises `SourceError` for one that cannot be used. Its `unused` are files in
-the folder that belong to no example.
+the folder that belong to no example, and its `dropped`, if it has them, counts of regions that it left out, by reason.
 """
 
 import importlib
@@ -19,6 +19,18 @@ SOURCES = {
     "voc": ("voc", "PascalVOC", "Pascal VOC: JPEGImages/ and Annotations/*.xml, or images with .xml files beside them"),
     "coco": ("coco", "COCO", "COCO: a .json file, in the folder or in annotations/, and the images it names"),
     "masks": ("masks", "MaskFolder", "masks: images/NAME.png and masks/NAME_left+lung.png, one mask file a region"),
+    "yolo": ("yolo", "YOLO", "YOLO: images/ and labels/*.txt, or train/images/ and train/labels/ ..., and data.yaml"),
+    "csv": ("csv_boxes", "CSVBoxes", "CSV of boxes: one .csv file of image, label and box, and the images it names"),
+    "labelme": ("labelme", "LabelMe", "LabelMe: images with .json files of shapes beside them"),
+    "instances": ("instances", "InstanceFolders", "instances: ID/images/ID.png, ID/masks/*.png, one an instance"),
+    "colored_masks": (
+        "colored_masks",
+        "ColoredMasks",
+        "colored masks: images/ and masks/ of the same names, and labels.json, classes.csv or label_colors.txt",
+    ),
+    "sa_med2d": ("sa_med2d", "SAMed2D", "SA-Med2D-20M: images/, masks/ and a .json file that pairs their files"),
+    "nifti": ("nifti", "NIfTI", "NIfTI: CASE/ct.nii.gz (mri, mr, pet, image) and multilabel.nii.gz or segmentations/"),
+    "dicom": ("dicom", "DICOM", "DICOM: series, with multilabel.nii.gz or segmentations/ beside, SEG, or RTSTRUCT"),
 }
 
 

@@ -28,7 +28,11 @@ def _list_json(folder: pathlib.Path) -> list[pathlib.Path]:
 def _looks_like_coco(path: pathlib.Path) -> bool:
     with open(path, encoding="utf-8", errors="replace") as file:
         head = file.read(_HEAD)
-    return head.lstrip().startswith("{") and any(f'"{key}"' in head for key in ("images", "annotations", "categories"))
+    if not head.lstrip().startswith("{"):
+        return False
+    # A long list may come before the images; a file read to its end without them is something else, such as the
+    # notes.json of Label Studio's YOLO export.
+    return '"images"' in head or (len(head) == _HEAD and any(f'"{k}"' in head for k in ("annotations", "categories")))
 
 
 class COCO(Sequence[GroundingExample]):
@@ -133,7 +137,7 @@ class COCO(Sequence[GroundingExample]):
         else:
             name = self._category(annotation.get("category_id"), where)
         if annotation.get("segmentation"):
-            fields["mask"] = _encode_segmentation(annotation["segmentation"], size, where)
+            fields["mask"] = encode_segmentation(annotation["segmentation"], size, where)
         bounds = annotation.get("bbox", ())
         if not bounds and "mask" in fields:
             bounds = coco_mask.toBbox(fields["mask"]).tolist()
@@ -165,7 +169,7 @@ def _read_spans(spans: Any, caption: str, where: str) -> tuple[tuple[tuple[int, 
     return pairs, words
 
 
-def _encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> dict:
+def encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> dict:
     """Returns polygons, or run lengths of either kind, as compressed COCO run lengths of an image of this size."""
     try:
         if isinstance(segmentation, list):

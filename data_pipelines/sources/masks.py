@@ -16,6 +16,10 @@ def encode_mask(mask: np.ndarray) -> dict:
     return dict(coco_mask.encode(np.asfortranarray(mask, np.uint8)))
 
 
+def _has_folders(folder: pathlib.Path) -> bool:
+    return (folder / "images").is_dir() and (folder / "masks").is_dir()
+
+
 class MaskFolder(Sequence[GroundingExample]):
     """images/STEM.png with masks/STEM_PHRASE.png, where PHRASE has "+" for spaces.
 
@@ -26,7 +30,7 @@ class MaskFolder(Sequence[GroundingExample]):
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality = dataset, modality
-        if not self.matches(folder):
+        if not _has_folders(folder):
             raise SourceError(f"{folder}: expected the folders images/ and masks/ in it")
         images, masks = list_images(folder / "images"), list_images(folder / "masks")
         owned: dict[str, list[tuple[str, pathlib.Path]]] = {}
@@ -40,13 +44,20 @@ class MaskFolder(Sequence[GroundingExample]):
                 owned.setdefault(owner, []).append((stem[len(owner) + 1 :].replace("+", " "), path))
         if not owned:
             found = f"only {describe(masks.values())}" if masks else "none"
-            raise SourceError(f"{folder}: no mask belongs to an image: expected masks/STEM_PHRASE.png, found {found}")
+            raise SourceError(
+                f"{folder}: no mask belongs to an image: expected masks/STEM_PHRASE.png, found {found}. One mask an "
+                "image with several labels needs a labels.json, classes.csv or label_colors.txt that names them"
+            )
         self.unused += [str(path) for stem, path in images.items() if stem not in owned]
         self._items = [(stem, images[stem], owned[stem]) for stem in images if stem in owned]
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
-        return (folder / "images").is_dir() and (folder / "masks").is_dir()
+        # They have the same two folders, and import this module.
+        from data_pipelines.sources.colored_masks import ColoredMasks
+        from data_pipelines.sources.sa_med2d import SAMed2D
+
+        return _has_folders(folder) and not (ColoredMasks.matches(folder) or SAMed2D.matches(folder))
 
     def __len__(self) -> int:
         return len(self._items)

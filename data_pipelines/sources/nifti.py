@@ -1,0 +1,316 @@
+"""NIfTI volumes with labels: a folder a case (TotalSegmentator), or imagesTr/ and labelsTr/ (MSD, nnU-Net)."""
+
+import collections
+import dataclasses
+import json
+import pathlib
+import re
+import xml.etree.ElementTree
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from data_pipelines import volumes
+from data_pipelines.curate import SourceError, clean_name, find_modality
+from data_pipelines.images import describe
+from data_pipelines.sources.volume_source import Case, VolumeSource
+from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
+
+_SUFFIXES = (".nii.gz", ".nii")
+# Names of a case's image, and what they say about it.
+_IMAGE_NAMES = {"ct": "ct", "mri": "mri", "mr": "mri", "pet": "pet", "image": ""}
+_MULTILABEL, _MASKS = "multilabel", "segmentations"
+_NAME_FILES = ("dataset.json", "labels.json")
+_IGNORED = "ignore"  # nnU-Net's name of voxels that nobody annotated
+_MR_SEQUENCES = re.compile(r"(flair|t1|t2|adc|dwi)(w|c|ce|gd|map|-weighted)?", re.IGNORECASE)
+
+
+def find_volume(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
+    """Returns STEM.nii.gz or STEM.nii in a folder, None where there is neither."""
+    return next((path for suffix in _SUFFIXES if (path := folder / (stem + suffix)).is_file()), None)
+
+
+def list_volumes(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns the NIfTI files in a folder by name without suffix, sorted. Hidden ones do not count."""
+    paths = (path for path in sorted(folder.glob("*.nii*")) if not path.name.startswith("."))
+    return {path.name.removesuffix(end): path for path in paths for end in _SUFFIXES if path.name.endswith(end)}
+
+
+def has_labels(folder: pathlib.Path) -> bool:
+    """Whether a folder has multilabel.nii.gz, or one file a structure in segmentations/."""
+    return find_volume(folder, _MULTILABEL) is not None or (folder / _MASKS).is_dir()
+
+
+def _find_image(folder: pathlib.Path) -> tuple[pathlib.Path, str] | None:
+    """Returns the image of a case folder and the modality that its name tells, None where the folder is no case."""
+    if not has_labels(folder):
+        return None
+    found = ((find_volume(folder, name), modality) for name, modality in _IMAGE_NAMES.items())
+    return next(((path, modality) for path, modality in found if path), None)
+
+
+class NIfTI(VolumeSource):
+    """Slices of labelled NIfTI volumes.
+
+    One case is CASE/ct.nii.gz (or mri, mr, pet, image) with CASE/multilabel.nii.gz or, where that is missing,
+    CASE/segmentations/NAME.nii.gz; the folder itself may be a case. Names of the values are in the label file's
+    extension (as TotalSegmentator writes them), or in dataset.json or labels.json of the case or the folder.
+
+    Or imagesTr/ and labelsTr/ with dataset.json: MSD has CASE.nii.gz in both, nnU-Net CASE_0000.nii.gz in imagesTr/.
+    Of several channels the first is used. "labels" maps values to names or names to values (or, in nnU-Net, to lists).
+    """
+
+    def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", rule: SliceRule | None = None):
+        volumes.import_medical("nibabel")
+        trained = _is_msd(folder)
+        cases, unused = _list_msd(folder, modality) if trained else _list_cases(folder, modality)
+        if not cases:
+            raise SourceError(
+                f"{folder}: no labelled NIfTI volume: expected CASE/ct.nii.gz (or mri, mr, pet, image) with "
+                f"multilabel.nii.gz or segmentations/ beside it, or imagesTr/, labelsTr/ and dataset.json"
+                + (f"; found {describe(unused)}" if unused else "")
+            )
+        super().__init__(cases, dataset=dataset, rule=rule or SliceRule(), unused=unused)
+
+    @staticmethod
+    def matches(folder: pathlib.Path) -> bool:
+        return folder.is_dir() and (_is_msd(folder) or any(_find_image(path) for path in _case_folders(folder)))
+
+
+def _is_msd(folder: pathlib.Path) -> bool:
+    return (folder / "imagesTr").is_dir() and (folder / "labelsTr").is_dir()
+
+
+def _case_folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    yield folder
+    if not _find_image(folder):
+        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+@dataclasses.dataclass(eq=False)
+class _NiftiCase(Case):
+    id: str
+    image: pathlib.Path
+    labels: pathlib.Path  # a multilabel file, or the folder of a file a structure
+    modality: str
+    description: Mapping[str, Any]  # content of dataset.json
+    site: str = ""
+
+    @property
+    def patient(self) -> str:
+        return self.id
+
+    def read_labels(self) -> tuple[Labels, Grid]:
+        _, _, grid = open_volume(self.image)
+        if self.labels.is_dir():
+            return read_masks(self.labels, grid), grid
+        return read_multilabel(self.labels, grid, self.description, self.site), grid
+
+    def read_volume(self) -> Volume:
+        image, turn, grid = open_volume(self.image)
+        return Volume(volumes.reorient(_read_values(image, self.image), turn), grid, self.modality)
+
+
+def _list_cases(folder: pathlib.Path, modality: str) -> tuple[list[Case], list[str]]:
+    cases: list[Case] = []
+    unused: list[str] = []
+    for path in _case_folders(folder):
+        found = _find_image(path)
+        if found is None:
+            unused += map(str, list_volumes(path).values())
+            continue
+        image, told = found
+        description = read_description(path) or read_description(folder)
+        labels = find_volume(path, _MULTILABEL) or path / _MASKS
+        cases.append(_NiftiCase(path.name, image, labels, told or _modality_of(description) or modality, description))
+    return cases, unused
+
+
+def _list_msd(folder: pathlib.Path, modality: str) -> tuple[list[Case], list[str]]:
+    images, labels = list_volumes(folder / "imagesTr"), list_volumes(folder / "labelsTr")
+    description = read_description(folder)
+    site = str(description.get("name", "")).lower()
+    modality = _modality_of(description) or modality
+    owned = {name: next((stem for stem in (name, f"{name}_0000") if stem in images), None) for name in labels}
+    unused = [str(path) for stem, path in images.items() if stem not in owned.values()]
+    unused += [str(labels[name]) for name, stem in owned.items() if stem is None]
+    cases: list[Case] = [
+        _NiftiCase(name, images[stem], labels[name], modality, description, site)
+        for name, stem in owned.items()
+        if stem is not None
+    ]
+    return cases, unused
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+    """Returns the content of dataset.json or labels.json in a folder, {} where there is neither.
+
+    Raises:
+        SourceError: it is no JSON object.
+    """
+    path = next((folder / name for name in _NAME_FILES if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SourceError(f"{path}: no valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: expected an object with 'labels' in it, found a {type(content).__name__}")
+    return content if "labels" in content else {"labels": content}
+
+
+def _modality_of(description: Mapping[str, Any]) -> str:
+    """Returns the modality of the first channel in dataset.json, "" where it does not tell."""
+    channels = description.get("channel_names") or description.get("modality") or {}
+    first = str(channels.get("0", "")) if isinstance(channels, dict) else str(channels)
+    return find_modality(first) or ("mri" if _MR_SEQUENCES.fullmatch(first.strip()) else "")
+
+
+def open_volume(path: pathlib.Path) -> tuple[Any, np.ndarray, Grid]:
+    """Reads the header of a NIfTI file.
+
+    Returns:
+        (nibabel image, how to turn it, its grid when turned), see `volumes.to_radiological`.
+
+    Raises:
+        SourceError: it is damaged, no volume, or does not say how it lies in the patient.
+    """
+    nibabel = volumes.import_medical("nibabel")
+    try:
+        image = nibabel.load(path)
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise SourceError(f"{path}: no readable NIfTI file ({error})") from None
+    shape = image.shape
+    if len(shape) < 3 or min(shape) < 1 or any(n != 1 for n in shape[4:]):
+        raise SourceError(f"{path}: has the shape {shape}, not that of a volume (x, y, z) or (x, y, z, channel)")
+    if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
+        raise SourceError(
+            f"{path}: its header says nothing about orientation (sform and qform code 0), so that left and right "
+            "cannot be told apart; set one of them"
+        )
+    turn, grid = volumes.to_radiological(image.affine, shape[:3], str(path))
+    return image, turn, grid
+
+
+def _read_values(image: Any, path: pathlib.Path) -> np.ndarray:
+    """Returns int16 or float32 [x, y, z] as stored; of several channels the first."""
+    if image.get_data_dtype().kind not in "iuf":
+        raise SourceError(f"{path}: its voxels are of type {image.get_data_dtype()}, expected numbers")
+    try:
+        values = np.asanyarray(image.dataobj[(..., *(0,) * (len(image.shape) - 3))])
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise SourceError(f"{path}: its voxels cannot be read ({error}); the file is cut short or damaged") from None
+    return values if values.dtype in (np.int16, np.uint8, np.float32) else values.astype(np.float32)
+
+
+def read_multilabel(path: pathlib.Path, grid: Grid, description: Mapping[str, Any], site: str = "") -> Labels:
+    """Reads a file of one value a structure.
+
+    Args:
+        path: NIfTI file; names in its extension go before those in `description`.
+        grid: of the image.
+        description: content of dataset.json, whose "labels" name the values.
+        site: as in `Labels`.
+
+    Raises:
+        SourceError: it cannot be read, lies elsewhere than the image, or has values that are not whole or have no name.
+    """
+    image, turn, found = open_volume(path)
+    grid.check_same(found, str(path))
+    values = volumes.reorient(_read_values(image, path), turn)
+    with np.errstate(invalid="ignore"):
+        layer = values.astype(np.uint16)
+    if (layer != values).any():
+        raise SourceError(f"{path}: labels must be whole numbers from 0 to 65535")
+    names = _names_in_extension(image, path)
+    groups = {name: (value,) for value, name in names.items()} or _names_in_json(description, path)
+    present = np.flatnonzero(np.bincount(layer.ravel(), minlength=1))
+    if nameless := sorted({int(v) for v in present if v} - {v for group in groups.values() for v in group}):
+        raise SourceError(
+            f"{path}: the values {describe(nameless, 8)} have no name: give it in the file's extension (label table), "
+            'or in dataset.json beside it: {"labels": {"liver": 1}}'
+        )
+    for value in groups.pop(_IGNORED, ()):
+        layer[layer == value] = 0
+    if any(len(group) > 1 for group in groups.values()):
+        labels = Labels(grid.shape, site=site)
+        for name, group in groups.items():
+            labels.add(name, np.isin(layer, group))
+        return labels
+    return Labels(grid.shape, [layer], {group[0]: name for name, group in groups.items()}, site)
+
+
+def read_masks(folder: pathlib.Path, grid: Grid) -> Labels:
+    """Reads NAME.nii.gz of one structure each: what is above 0 belongs to it, empty ones are not in the field of view.
+
+    Raises:
+        SourceError: there are none, one cannot be read, or lies elsewhere than the image.
+    """
+    labels = Labels(grid.shape)
+    files = list_volumes(folder)
+    if not files:
+        raise SourceError(f"{folder}: has no NIfTI files, one a structure, in it")
+    for name, path in files.items():
+        _check_name(name, path)
+        image, turn, found = open_volume(path)
+        grid.check_same(found, str(path))
+        labels.add(name, volumes.reorient(_read_values(image, path), turn) > 0)
+    return labels
+
+
+def read_case_labels(folder: pathlib.Path, grid: Grid) -> Labels:
+    """Reads multilabel.nii.gz of a folder, or the files in its segmentations/; see `read_multilabel`, `read_masks`."""
+    path = find_volume(folder, _MULTILABEL)
+    return read_multilabel(path, grid, read_description(folder)) if path else read_masks(folder / _MASKS, grid)
+
+
+def _names_in_extension(image: Any, path: pathlib.Path) -> dict[int, str]:
+    """Returns value -> name of the label table (Caret's XML) in a NIfTI extension, {} where there is none."""
+    for extension in image.header.extensions:
+        content = extension.get_content()
+        text = (content if isinstance(content, bytes) else str(content).encode()).strip(b"\0 \r\n\t")
+        if b"<LabelTable>" not in text:
+            continue
+        try:
+            table = xml.etree.ElementTree.fromstring(text).iter("Label")
+            names = {int(entry.attrib["Key"]): (entry.text or "").strip() for entry in table}
+        except (xml.etree.ElementTree.ParseError, KeyError, ValueError) as error:
+            raise SourceError(f"{path}: the label table in its extension cannot be read ({error!r})") from None
+        return _check_names({value: name for value, name in names.items() if value}, path)
+    return {}
+
+
+def _names_in_json(description: Mapping[str, Any], path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Returns name -> values of dataset.json: {"1": "liver"} as in MSD, {"liver": 1 or [1, 2]} as in nnU-Net."""
+    groups: dict[str, tuple[int, ...]] = {}
+    entries = description.get("labels", {})
+    try:
+        for key, entry in entries.items():
+            number = key.lstrip("-").isdigit()
+            name, values = (str(entry), [key]) if number else (key, entry if isinstance(entry, list) else [entry])
+            groups[name] = groups.get(name, ()) + tuple(int(value) for value in values)
+    except (AttributeError, TypeError, ValueError):
+        raise SourceError(
+            f'{path}: the "labels" of its dataset.json must be like {{"liver": 1}} or {{"1": "liver"}}, '
+            f"not {str(entries)[:200]}"
+        ) from None
+    groups = {name: values for name, values in groups.items() if any(values)}
+    for name in groups:
+        _check_name(name, path)
+    return groups
+
+
+def _check_names(names: dict[int, str], path: pathlib.Path) -> dict[int, str]:
+    for name in names.values():
+        _check_name(name, path)
+    if double := [name for name, count in collections.Counter(names.values()).items() if count > 1]:
+        raise SourceError(f"{path}: several values are called {double[0]!r}")
+    return names
+
+
+def _check_name(name: str, path: pathlib.Path) -> None:
+    if not clean_name(name):
+        raise SourceError(f"{path}: the structure name {name!r} has no words")
