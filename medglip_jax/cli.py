@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 
 COMMANDS = {
+    "data": ("data_pipelines.commands", "look into records before training: audit"),
     "build": ("data_pipelines.build", "make records from a folder of annotated images"),
     "train": ("medglip_jax.train", "train a recipe of configs/, or go on with a run"),
     "evaluate": ("medglip_jax.evaluate", "average precision of a checkpoint on records"),
