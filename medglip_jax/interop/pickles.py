@@ -114,15 +114,8 @@ def write_mmdet(
         ValueError: PyTorch is missing, or mmdetection's GLIP cannot be built with these sizes.
     """
     text = mmdet_config.config_file(config, config_file=MMDET_CONFIG, weights_file=PICKLE_FILE, language=LANGUAGE)
-    require_torch()
-    with replaced(directory) as staging:
-        names = mmdet.parameter_names(config.model)
-        weights = save_weights(params, names, staging, max_shard=_ONE_FILE, consume=True)
-        write_language(read_state_dict(weights), f"{mmdet.LANGUAGE}.", config, tokenizer, staging / LANGUAGE)
-        buffers = _window_indices(names, config.model.swin.window)
-        _save_pickle(weights, "state_dict", buffers, meta={"dataset_meta": {"classes": ()}})
-        (staging / MMDET_CONFIG).write_text(text, encoding="utf-8")
-    return pathlib.Path(directory).resolve() / PICKLE_FILE
+    meta = {"dataset_meta": {"classes": ()}}
+    return _write(params, config, tokenizer, directory, mmdet, "state_dict", LANGUAGE, {MMDET_CONFIG: text}, meta=meta)
 
 
 def write_glip(
@@ -130,24 +123,33 @@ def write_glip(
 ) -> pathlib.Path:
     """Writes a model for Microsoft's GLIP: model.pth, its yaml, and the folder of the BERT that it builds first.
 
-    Args:
-        params: the model's parameters; emptied on the way.
-        config: the recipe.
-        tokenizer: of the prompts.
-        directory: made if missing; an older export in it is replaced, other files beside it stay.
-
-    Returns:
-        The path of model.pth.
+    Args and returns: see `write_mmdet`.
 
     Raises:
         ValueError: PyTorch is missing, or Microsoft's code cannot build a GLIP of these sizes.
     """
     text = glip.config_yaml(config)
+    return _write(params, config, tokenizer, directory, glip, "model", glip.BERT, {GLIP_CONFIG: text})
+
+
+def _write(
+    params: Params,
+    config: ConfigDict,
+    tokenizer: TextTokenizer,
+    directory: str | os.PathLike,
+    naming: Any,
+    key: str,
+    language: str,
+    files: dict[str, str],
+    **more: Any,
+) -> pathlib.Path:
+    """Writes model.pth under the names of a module, its text encoder in a folder, and text files beside them."""
     require_torch()
     with replaced(directory) as staging:
-        names = glip.parameter_names(config.model)
+        names = naming.parameter_names(config.model)
         weights = save_weights(params, names, staging, max_shard=_ONE_FILE, consume=True)
-        write_language(read_state_dict(weights), f"{glip.LANGUAGE}.", config, tokenizer, staging / glip.BERT)
-        _save_pickle(weights, "model", _window_indices(names, config.model.swin.window))
-        (staging / GLIP_CONFIG).write_text(text, encoding="utf-8")
+        write_language(read_state_dict(weights), f"{naming.LANGUAGE}.", config, tokenizer, staging / language)
+        _save_pickle(weights, key, _window_indices(names, config.model.swin.window), **more)
+        for name, text in files.items():
+            (staging / name).write_text(text, encoding="utf-8")
     return pathlib.Path(directory).resolve() / PICKLE_FILE
