@@ -9,21 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from data_pipelines.palette import PALETTE, Color
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without black; then lighter ones of Paul Tol.
-COLORS: tuple[Color, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (213, 94, 0),
-    (204, 121, 167),
-    (0, 114, 178),
-    (187, 204, 51),
-    (255, 170, 187),
-    (68, 187, 153),
-)
 _DARK, _LIGHT = (18, 19, 22), (255, 255, 255)
 _SIDE = 360  # pixels of a picture's longer side
 _LARGEST_SCALE = 3.0  # of an image that is smaller
@@ -81,7 +68,7 @@ def draw_picture(
             continue
         x0, y0, x1, y1 = (float(value) * scale for value in boxes[k])
         number = names.index(phrases[k])
-        color = COLORS[number % len(COLORS)]
+        color = PALETTE[number % len(PALETTE)]
         corners = (x0, y0, max(x0, min(x1, size[0]) - 1), max(y0, min(y1, size[1]) - 1))
         if not crowded:
             draw.rectangle((corners[0] - 1, corners[1] - 1, corners[2] + 1, corners[3] + 1), outline=_DARK)
@@ -89,7 +76,11 @@ def draw_picture(
         if len(names) > 1 and not crowded:
             _draw_number(draw, corners[:2], str(number + 1), color)
     legend = tuple(
-        (COLORS[number % len(COLORS)], number + 1, f"{name} × {count}" if (count := phrases.count(name)) > 1 else name)
+        (
+            PALETTE[number % len(PALETTE)],
+            number + 1,
+            f"{name} × {count}" if (count := phrases.count(name)) > 1 else name,
+        )
         for number, name in enumerate(names)
     )
     encoded = cv2.imencode(".jpg", np.asarray(image)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])[1]

@@ -8,24 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Color = tuple[int, int, int]
+from data_pipelines.palette import PALETTE, Color
+
 Rectangle = tuple[float, float, float, float]
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, without black; then lighter ones of Paul Tol.
-PALETTE: tuple[Color, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (240, 228, 66),
-    (213, 94, 0),
-    (204, 121, 167),
-    (0, 114, 178),
-    (187, 204, 51),
-    (255, 170, 187),
-    (68, 187, 153),
-    (238, 136, 102),
-    (153, 221, 255),
-)
 _INK, _FAINT, _PAPER, _DARK = (28, 30, 34), (105, 110, 118), (255, 255, 255), (18, 19, 22)
 _ROOM = 40  # pixels of the longer side for each label in words; with more labels they show the legend's numbers
 _MATCH_IOU = 0.5  # overlap from which on a predicted box stands for a true one
