@@ -168,4 +168,7 @@ def make_region(name: str, box: np.ndarray, site: str = "", **fields: Any) -> Re
     Raises:
         SourceError: as `name_region`.
     """
-    return Region(box=np.asarray(box, np.float32), **{**name_region(name, site), **fields})
+    source_label = f"{site} {clean_name(name)}" if site else name
+    return Region(
+        box=np.asarray(box, np.float32), **{**name_region(name, site), "source_label": source_label, **fields}
+    )

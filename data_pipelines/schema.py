@@ -36,6 +36,7 @@ class Region:
         mask: compressed COCO run-length encoding of the image's size ({"size": [h, w], "counts": bytes}), or None.
         iscrowd: the region covers several instances (COCO's meaning).
         spans: character spans (start, end) of the region's words in the example's caption, half-open.
+        source_label: the source's own name of the class, from which a label mapping starts; records do not hold it.
     """
 
     box: np.ndarray
@@ -46,6 +47,24 @@ class Region:
     mask: dict | None = None
     iscrowd: bool = False
     spans: tuple[tuple[int, int], ...] = ()
+    source_label: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """A sentence that grounds to some regions of its image, or to none.
+
+    Attributes:
+        text: the sentence.
+        regions: positions in the example's regions that it grounds to; () if it must ground to nothing.
+        spans: character spans (start, end) of the words that name them, half-open; () if the whole sentence does.
+        kind: how it was made: "referring", "position", "negation", "absent", or "report" for the source's own.
+    """
+
+    text: str
+    regions: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    kind: str = "report"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +82,7 @@ class GroundingExample:
         caption: a free sentence about the image, "" if there is none.
         regions: the annotated regions.
         absent: labels that an expert looked for and did not find.
+        expressions: further sentences about the image, each with the regions it grounds to.
     """
 
     image: bytes
@@ -76,3 +96,4 @@ class GroundingExample:
     caption: str = ""
     regions: tuple[Region, ...] = ()
     absent: tuple[str, ...] = ()
+    expressions: tuple[Expression, ...] = ()
