@@ -14,6 +14,11 @@ def get_config() -> ConfigDict:
     config.data.scale_range = (0.8, 1.0)
     config.data.max_tokens = 192  # all 52 phrases of the demo's phantoms need 168
     config.data.max_negatives = 60
+    config.data.expression_probability = 0.0  # too short a run to learn more than names
+    config.data.prefix_probability = 0.0
+    config.data.parents_positive_probability = 0.0
+    config.data.hard_negative_share = 0.0
+    config.data.variant_probability = 0.0
     config.data.num_threads = 1
     config.data.prefetch = 32
 

@@ -20,7 +20,17 @@ def get_config() -> ConfigDict:
     config.init.language = ""  # folder of a Hugging Face BertModel; config.data.tokenizer must be the one it knows
 
     config.data = ConfigDict()
-    config.data.train = ""  # records to train on: DIR, or DIR:SPLIT where DIR holds several splits
+    config.data.train = (
+        ""  # records to train on: DIR, or DIR:SPLIT where DIR holds several splits; or several, by commas
+    )
+    config.data.mixture_weights = ()  # (("data set", share), ...) of all data sets in them; () by their size, as GLIP
+    config.data.balance_modalities = 0.0  # 0 as they come, 1 equal shares; a modality of n images has n ** (1 - this)
+    config.data.balance_labels = 0.0  # the same for images by their rarest label, inside data set and modality
+    config.data.repeat_threshold = (
+        0.0  # share of images under which a label's images are repeated (LVIS: 0.001); 0 never
+    )
+    config.data.max_corrupt = 10  # records that may be skipped and listed before the run ends with an error (ours)
+    config.data.quarantine = ""  # file that lists them; "" is WORKDIR/quarantine.jsonl
     config.data.eval = ""  # records to evaluate on; "" trains without evaluation
     config.data.batch_size = 64  # images in a global batch
     config.data.eval_batch_size = 64  # images in a global evaluation batch
@@ -39,6 +49,11 @@ def get_config() -> ConfigDict:
     config.data.max_negatives = 85  # absent phrases sampled into a training prompt
     config.data.full_negatives_probability = 0.5  # how often all max_negatives are taken; otherwise a random number
     config.data.caption_probability = 0.5  # how often an example's own sentence is the prompt, where it has one
+    config.data.expression_probability = 0.15  # how often a sentence about some boxes, or about none, is it; ours
+    config.data.prefix_probability = 0.25  # how often modality and body region come first ("chest x-ray: "); ours
+    config.data.parents_positive_probability = 0.25  # how often broader names mean the boxes too ("lung"); ours
+    config.data.hard_negative_share = 0.25  # least share of the sampled negatives from the same body region; ours
+    config.data.variant_probability = 0.15  # how often a phrase becomes another name of its label; ours
     config.data.num_threads = 4  # decode threads of a process
     config.data.num_workers = 0  # decode processes of a process; 0 decodes in threads
     config.data.prefetch = 16  # examples decoded ahead

@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from data_pipelines.audit_conflicts import read_conflicts
 from data_pipelines.audit_counts import Counts
 from data_pipelines.audit_drawing import Picture, draw_picture
 from data_pipelines.audit_duplicates import Fingerprints
@@ -42,6 +43,7 @@ from data_pipelines.audit_pixels import (
 from data_pipelines.audit_privacy import mask_private
 from data_pipelines.records import Records, RecordsError, find_shards, open_source, parse_example, read_metadata
 from data_pipelines.schema import GroundingExample
+from data_pipelines.splits import ZERO_SHOT
 from data_pipelines.taxonomy import load_taxonomy
 from data_pipelines.transforms import decode_image
 
@@ -115,7 +117,7 @@ class _Look:
     problem: str = ""
 
 
-def _look_at(example: GroundingExample) -> _Look:
+def _look_at(example: GroundingExample, writing: bool) -> _Look:
     try:
         pixels = decode_image(example.image)
     except ValueError as error:
@@ -124,7 +126,7 @@ def _look_at(example: GroundingExample) -> _Look:
         stated = f"{example.width} x {example.height}"
         return _Look(problem=f"the image is {size[1]} x {size[0]} pixels, its record says {stated}")
     grey = to_grey(pixels)
-    lines = find_writing(grey)
+    lines = find_writing(grey) if writing else []
     return _Look(
         # 0 stands for an image that was not read.
         digest_pixels(pixels) or 1,
@@ -153,7 +155,9 @@ class _Samples:
         return {modality: [place for _, place in sorted(heap, reverse=True)] for modality, heap in heaps if heap}
 
 
-def audit(directory: str | os.PathLike, *, samples: int = 6, workers: int = 0, progress: bool = True) -> Audit:
+def audit(
+    directory: str | os.PathLike, *, samples: int = 6, workers: int = 0, writing: bool = True, progress: bool = True
+) -> Audit:
     """Reads all records of a folder and reports what is in them.
 
     Memory stays within a chunk of examples and about 40 bytes an image.
@@ -162,13 +166,15 @@ def audit(directory: str | os.PathLike, *, samples: int = 6, workers: int = 0, p
         directory: the records, all splits of them.
         samples: pictures of each modality.
         workers: threads that decode images; 0 for one a core, at most 8.
+        writing: look for burnt-in text, which takes most of the time.
         progress: show a progress bar on stderr.
 
     Raises:
         RecordsError: there are no records, or they are damaged.
     """
     reader, counts, findings, prints = _Reader(directory), Counts(), Findings(), Fingerprints()
-    chosen, writing = _Samples(samples), {}
+    conflicts = read_conflicts(directory)
+    chosen, written = _Samples(samples), {}
     threads = workers or min(os.cpu_count() or 1, 8)
     console = Console(stderr=True)
     with (
@@ -177,7 +183,7 @@ def audit(directory: str | os.PathLike, *, samples: int = 6, workers: int = 0, p
     ):
         task = bar.add_task("Auditing", total=len(reader))
         for chunk in reader.chunks():
-            looks = pool.map(_look_at, [example for _, example in chunk])
+            looks = pool.map(functools.partial(_look_at, writing=writing), [example for _, example in chunk])
             for (place, example), look in zip(chunk, looks, strict=True):
                 counts.add(place.split, example)
                 prints.add(place, example, look.digest, look.hash)
@@ -189,13 +195,13 @@ def audit(directory: str | os.PathLike, *, samples: int = 6, workers: int = 0, p
                     chosen.add(place, example)
                 if look.writing:
                     findings.add("burnt_in_text", [place], letters=look.letters, lines=list(look.writing))
-                    if len(writing) < _SHOWN_WRITING:
-                        writing[place] = np.asarray(look.writing)
+                    if len(written) < _SHOWN_WRITING:
+                        written[place] = np.asarray(look.writing)
             bar.advance(task, len(chunk))
     prints.report(findings, functools.lru_cache(maxsize=1024)(reader.thumbnail))
     _check_names(counts, findings)
-    report = _assemble(directory, reader, counts, findings)
-    return Audit(report, _draw_samples(reader, chosen), _draw_findings(reader, findings, writing))
+    report = _assemble(directory, reader, counts, findings, conflicts, writing)
+    return Audit(report, _draw_samples(reader, chosen), _draw_findings(reader, findings, written))
 
 
 def _check_names(counts: Counts, findings: Findings) -> None:
@@ -209,11 +215,19 @@ def _check_names(counts: Counts, findings: Findings) -> None:
             findings.add(kind, **{key: name, "regions": names[name], "nearest": near})
     if "train" in counts.splits:
         for name, entry in counts.labels.items():
-            if not entry["regions"]["train"]:
+            # A label that zero-shot evaluation alone shows is held out on purpose.
+            if not entry["regions"]["train"] and set(+entry["regions"]) != {ZERO_SHOT}:
                 findings.add("label_not_in_train", label=name, regions=dict(entry["regions"]))
 
 
-def _assemble(directory: str | os.PathLike, reader: _Reader, counts: Counts, findings: Findings) -> dict[str, Any]:
+def _assemble(
+    directory: str | os.PathLike,
+    reader: _Reader,
+    counts: Counts,
+    findings: Findings,
+    conflicts: dict[str, Any] | None,
+    writing: bool,
+) -> dict[str, Any]:
     curation = {split: entry.get("counts", {}) for split, entry in reader.metadata["splits"].items()}
     return {
         "records": mask_private(pathlib.Path(directory).resolve().name),
@@ -221,13 +235,16 @@ def _assemble(directory: str | os.PathLike, reader: _Reader, counts: Counts, fin
         "summary": findings.summarize(),
         **counts.as_dict(),
         "curation": curation,
+        "conflicts": conflicts,
         "methods": {
             "exact_duplicates": "first 64 bits of the SHA-256 of size and decoded pixels",
             "near_duplicates": {
                 "hash": f"{HASH_BITS}-bit DCT hash of the grey 32 x 32 picture, then its pixels compared",
                 "hamming_distance": HASH_DISTANCE,
             },
-            "burnt_in_text": "rows of small thin marks (OpenCV top hat and black hat): a hint",
+            "burnt_in_text": "rows of small thin marks (OpenCV top hat and black hat): a hint"
+            if writing
+            else "not looked for",
         },
         "findings": findings.as_list(),
     }
@@ -320,6 +337,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", metavar="DIR", help="folder of audit.json and audit.html; default: RECORDS/audit")
     add("--samples", type=int, default=6, metavar="N", help="pictures of each modality; default: %(default)s")
     add("--workers", type=int, default=0, metavar="N", help="threads that decode images; default: one a core")
+    add("--no-writing", action="store_true", help="do not look for burnt-in text, which takes most of the time")
     add("--strict", action="store_true", help="exit status 1 if there are errors among the findings")
     options = parser.parse_args(arguments)
     if options.samples < 0 or options.workers < 0:
@@ -331,7 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse_arguments(arguments)
     try:
-        result = audit(options.records, samples=options.samples, workers=options.workers)
+        result = audit(
+            options.records, samples=options.samples, workers=options.workers, writing=not options.no_writing
+        )
         page = write_audit(result, options.output or os.path.join(options.records, "audit"))
     except (RecordsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.audit_findings import Findings, Place
-from data_pipelines.audit_pixels import find_near, looks_alike
+from data_pipelines.audit_pixels import find_near, look_alike
 from data_pipelines.audit_privacy import mask_private
 from data_pipelines.schema import GroundingExample
 
@@ -91,7 +91,7 @@ class Fingerprints:
         for pair in order[:_MOST_PAIRS]:
             rows = kept[pairs[pair]].tolist()
             same = self._pixels[rows[0]] == self._pixels[rows[1]]  # reported already
-            if not same and looks_alike(*(thumbnail(self._place(row)) for row in rows)):
+            if not same and look_alike(*(thumbnail(self._place(row)) for row in rows)):
                 kind = "leak_near_duplicate" if self._crosses(rows) else "near_duplicate"
                 self._add(findings, kind, rows, distance=int(distances[pair]))
         if unchecked or not complete:

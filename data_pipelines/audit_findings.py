@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipelines.audit_privacy import find_private, mask_private
+from data_pipelines.conflicts.structures import are_related, find_key, find_truths
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.taxonomy import Taxonomy, load_taxonomy, normalize_name
 
@@ -68,7 +69,7 @@ KINDS: dict[str, Kind] = {
     "shown_and_absent": Kind(
         "error",
         "Shown and absent",
-        "The image has a region of a label, and lists the label among those that are not there.",
+        "The image has a region of a label, and lists it, or what holds it, among those that are not there.",
     ),
     "side_differs": Kind(
         "error",
@@ -170,8 +171,8 @@ def check_record(example: GroundingExample) -> Found:
     """Yields (kind, details) of all that is wrong inside one record, its pixels apart."""
     taxonomy = load_taxonomy()
     yield from _check_boxes(example)
-    yield from _check_overlaps(example, taxonomy)
-    yield from _check_absent(example, taxonomy)
+    yield from _check_overlaps(example)
+    yield from _check_absent(example)
     yield from _check_sides(example, taxonomy)
     yield from _check_privacy(example)
 
@@ -206,35 +207,21 @@ def _overlapping(boxes: np.ndarray) -> Iterator[tuple[int, int, float]]:
                 yield row + start, column, float(iou[row, column])
 
 
-def _check_overlaps(example: GroundingExample, taxonomy: Taxonomy) -> Found:
+def _check_overlaps(example: GroundingExample) -> Found:
     regions = [region for region in example.regions if not region.iscrowd]
     boxes = np.asarray([region.box for region in regions], np.float64).reshape(-1, 4)
     for i, j, iou in _overlapping(boxes):
         a, b = regions[i], regions[j]
         details = {**_describe(a, b), "iou": round(iou, 4)}
-        if _key(a.label, taxonomy) == _key(b.label, taxonomy):
+        if find_key(a.label) == find_key(b.label):
             yield "doubled_box", details
-        elif np.abs(boxes[i] - boxes[j]).max() <= _SAME_BOX and not (_holds(a, b, taxonomy) or _holds(b, a, taxonomy)):
+        elif np.abs(boxes[i] - boxes[j]).max() <= _SAME_BOX and not are_related(a, b):
             yield "two_labels", details
 
 
-def _key(label: str, taxonomy: Taxonomy) -> str:
-    known = taxonomy.find(label)
-    return known.id if known else normalize_name(label)
-
-
-def _holds(outer: Region, inner: Region, taxonomy: Taxonomy) -> bool:
-    """Whether `outer` is a parent of `inner`, by the record or by the taxonomy."""
-    label, known = _key(outer.label, taxonomy), taxonomy.find(inner.label)
-    parents = set(taxonomy.parents(known.id)) if known else set()
-    if inner.parent:
-        parents.add(_key(inner.parent, taxonomy))
-    return label in parents
-
-
-def _check_absent(example: GroundingExample, taxonomy: Taxonomy) -> Found:
-    absent = {_key(label, taxonomy) for label in example.absent}
-    shown = {_key(region.label, taxonomy): region for region in example.regions}
+def _check_absent(example: GroundingExample) -> Found:
+    absent = {find_key(label) for label in example.absent}
+    shown = {key: region for region in example.regions for key in find_truths(region.label, region.parent)}
     for label in sorted(absent & shown.keys()):
         yield "shown_and_absent", _describe(shown[label])
 

@@ -80,6 +80,7 @@ def render_page(
         for modality, sheet in samples.items()
     )
     findings = "".join(_finding(entry, pictures.get(entry["kind"], ())) for entry in report["findings"])
+    conflicts = _conflicts(report)
     several = "findings" if len(report["findings"]) > 1 else ""
     # The policy keeps the promise that nothing is loaded from anywhere.
     return f"""<!DOCTYPE html>
@@ -94,11 +95,11 @@ def render_page(
 <body>
 <header><h1>{title}</h1>
 <p class="faint">This page holds pictures of the records: it is as confidential as they are.</p>
-<nav><a href="#findings">Findings</a><a href="#counts">Counts</a><a href="#labels">Labels</a>
-<a href="#shapes">Shapes</a><a href="#samples">Samples</a><a href="#methods">Methods</a></nav></header>
+<nav>{_links(report)}</nav></header>
 {_tiles(report)}
 <main>
 <h2 id="findings">Findings</h2><div class="{several}">{findings or _NOTHING}</div>
+{f'<h2 id="conflicts">Conflicts</h2>{conflicts}' if conflicts else ""}
 <h2 id="counts">Counts</h2>{_count_tables(report)}
 <h2 id="labels">Labels</h2>{_label_tables(report)}
 <h2 id="shapes">Shapes</h2><div class="cards charts">{_charts(report)}</div>
@@ -108,6 +109,13 @@ def render_page(
 </body>
 </html>
 """
+
+
+def _links(report: Mapping[str, Any]) -> str:
+    names = ["findings", "conflicts", "counts", "labels", "shapes", "samples", "methods"]
+    if report.get("conflicts") is None:
+        names.remove("conflicts")
+    return "\n".join(f'<a href="#{name}">{name.capitalize()}</a>' for name in names)
 
 
 def _tiles(report: Mapping[str, Any]) -> str:
@@ -145,6 +153,36 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], wide: Iterable[in
         return table(lines)
     rest = f"<details><summary>{len(lines) - _SHOWN_ROWS} more</summary>{table(lines[_SHOWN_ROWS:])}</details>"
     return table(lines[:_SHOWN_ROWS]) + rest
+
+
+def _conflicts(report: Mapping[str, Any]) -> str:
+    """What contradicted itself in the sources, how it was resolved, and some of each kind; "" if nothing is known."""
+    conflicts = report.get("conflicts")
+    if conflicts is None:
+        return ""
+    if not conflicts["counts"]:
+        return '<p class="card">The build found none.</p>'
+    rows = [
+        [kind.replace("_", " "), rule.replace("_", " "), count, conflicts["meanings"].get(kind, "")]
+        for kind, rules in conflicts["counts"].items()
+        for rule, count in rules.items()
+    ]
+    table = _table(["kind", "rule", "conflicts", "meaning"], rows, wide=[3])
+    lists = []
+    for kind, rules in conflicts["counts"].items():
+        examples = [example for example in conflicts["examples"] if example["kind"] == kind]
+        total = sum(rules.values())
+        if not examples:
+            continue
+        lines = [
+            [example["dataset"], example["image_id"], ", ".join(example["labels"]), example["detail"]]
+            for example in examples
+        ]
+        title = f"{kind.replace('_', ' ')}: {_number(len(examples))} of {_number(total)}"
+        listed = _table(["data set", "image", "labels", "what was found"], lines, wide=range(4))
+        lists.append(f"<details><summary>{html.escape(title)}</summary>{listed}</details>")
+    note = '<p class="faint">Found when the records were built, each resolved by the rule that is named.</p>'
+    return f'<div class="card">{note}{table}{"".join(lists)}</div>'
 
 
 def _count_tables(report: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 HASH_BITS = 64
 HASH_DISTANCE = 4  # bits; re-encoding (JPEG quality 50 and up) and resizing (0.75 to 1.3) of real images change up to 4
 _HASH_SIDE = 32
-_THUMBNAIL = 32  # side of what `looks_alike` compares
+_THUMBNAIL = 32  # side of what `look_alike` compares
 _LEAST_CORRELATION, _LARGEST_DIFFERENCE = 0.995, 20  # of thumbnails; the difference in grey values of 0 to 255
-_LEAST_CONTRAST = 1.0  # standard deviation below which correlation means nothing
+LEAST_CONTRAST = 1.0  # standard deviation below which correlation means nothing
 
 _TEXT_SIDE = 1024  # longer images are made smaller before letters are looked for
 _SMALL_SIDE = 700  # and shorter ones twice as large, so that strokes are at least two pixels wide
@@ -65,22 +65,42 @@ def hash_picture(grey: np.ndarray) -> int:
     return int.from_bytes(np.packbits(frequencies > np.median(frequencies)).tobytes(), "big")
 
 
+def shrink(grey: np.ndarray) -> np.ndarray:
+    """uint8[H, W] -> uint8[32, 32], the mean of what each place covers."""
+    return cv2.resize(grey, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
+
+
+@functools.cache
+def _blur() -> np.ndarray:
+    """float32[32, 32]: the product with it blurs along one axis."""
+    return cv2.GaussianBlur(np.eye(_THUMBNAIL, dtype=np.float32), (1, 0), 0, sigmaY=1.0)
+
+
+def soften(small: np.ndarray) -> np.ndarray:
+    """Blurs small pictures [..., 32, 32] to float32, since edges fall between other pixels when a copy is resized."""
+    return _blur() @ np.asarray(small, np.float32) @ _blur().T
+
+
 def make_thumbnail(pixels: np.ndarray) -> np.ndarray:
-    """Returns float32[32, 32], the small grey picture that `looks_alike` compares.
+    """Returns float32[32, 32], the small, blurred grey picture that `look_alike` compares."""
+    return soften(shrink(to_grey(pixels)))
 
-    It is blurred, since edges fall between other pixels when a copy is resized.
+
+def look_alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whether two thumbnails show the same picture: no place differs much, and their patterns agree.
+
+    Args:
+        a, b: float32[..., 32, 32].
+
+    Returns:
+        bool[...]; where one has next to no contrast, the patterns mean nothing and the difference alone counts.
     """
-    small = cv2.resize(to_grey(pixels), (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
-    return cv2.GaussianBlur(small.astype(np.float32), (0, 0), 1.0)
-
-
-def looks_alike(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two thumbnails show the same picture: no place differs much, and their patterns agree."""
-    if np.abs(a - b).max() > _LARGEST_DIFFERENCE:
-        return False
-    if min(a.std(), b.std()) < _LEAST_CONTRAST:
-        return True
-    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) >= _LEAST_CORRELATION
+    a, b = (np.asarray(each, np.float64).reshape(*np.shape(each)[:-2], -1) for each in (a, b))  # [..., 1024]
+    close = np.abs(a - b).max(axis=-1) <= _LARGEST_DIFFERENCE
+    spread = a.std(axis=-1), b.std(axis=-1)
+    flat = np.minimum(*spread) < LEAST_CONTRAST
+    shared = ((a - a.mean(axis=-1, keepdims=True)) * (b - b.mean(axis=-1, keepdims=True))).mean(axis=-1)
+    return close & (flat | (shared >= _LEAST_CORRELATION * spread[0] * spread[1]))
 
 
 def find_near(hashes: np.ndarray, distance: int = HASH_DISTANCE, most: int = 1_000_000) -> tuple[np.ndarray, bool]:

@@ -1,11 +1,14 @@
 """One annotated image as the bytes of a record: tf.train.Example, without TensorFlow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.schema import GRANULARITIES, MODALITIES, GroundingExample, Region
+from data_pipelines.schema import GRANULARITIES, MODALITIES, Expression, GroundingExample, Region
+
+# The features of `GroundingExample.expressions`: records of builds before it have none of them.
+_EXPRESSION_FEATURES = ("expressions/text", "expressions/kind", "expression_regions", "expression_spans")
 
 
 class RecordsError(ValueError):
@@ -24,7 +27,8 @@ def encode_example(example: GroundingExample) -> bytes:
 
     Raises:
         RecordsError: a box is not of four numbers, a mask has not the image's size, a modality or granularity is not of
-            `schema`, or a text is no Unicode (a file name in another encoding becomes such a text).
+            `schema`, an expression names a region that there is not, or a text is no Unicode (a file name in another
+            encoding becomes such a text).
     """
     from tensorflow_datasets.proto import tf_example_generated_pb2
 
@@ -35,7 +39,13 @@ def encode_example(example: GroundingExample) -> bytes:
             raise RecordsError(f"{example.image_id}: a box has shape {np.shape(region.box)}, expected x0 y0 x1 y1")
         if region.mask is not None and list(region.mask["size"]) != size:
             raise RecordsError(f"{example.image_id}: a mask has size {region.mask['size']}, the image {size}")
-    regions = example.regions
+    for expression in example.expressions:
+        if unknown := [index for index in expression.regions if not 0 <= index < len(example.regions)]:
+            raise RecordsError(
+                f"{example.image_id}: the expression {expression.text!r} names region {unknown[0]}, and the image has "
+                f"{len(example.regions)} regions, counted from 0"
+            )
+    regions, expressions = example.regions, example.expressions
     message = tf_example_generated_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
     feature = message.features.feature
     texts: dict[str, list[str]] = {
@@ -49,12 +59,16 @@ def encode_example(example: GroundingExample) -> bytes:
         "regions/label": [region.label for region in regions],
         "regions/granularity": [region.granularity for region in regions],
         "regions/parent": [region.parent for region in regions],
+        "expressions/text": [expression.text for expression in expressions],
+        "expressions/kind": [expression.kind for expression in expressions],
     }
-    spans = [(index, *span) for index, region in enumerate(regions) for span in region.spans]
+    pairs = [(index, region) for index, expression in enumerate(expressions) for region in expression.regions]
     integers: dict[str, Any] = {
         "height": [example.height],
         "width": [example.width],
-        "caption_spans": np.asarray(spans, np.int64).ravel(),
+        "caption_spans": _flatten_spans(regions),
+        "expression_regions": np.asarray(pairs, np.int64).ravel(),
+        "expression_spans": _flatten_spans(expressions),
         "regions/iscrowd": [int(region.iscrowd) for region in regions],
     }
     boxes = np.asarray([region.box for region in regions], np.float32).ravel()
@@ -77,8 +91,25 @@ def encode_example(example: GroundingExample) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def _flatten_spans(holders: Sequence[Region] | Sequence[Expression]) -> np.ndarray:
+    """Returns int64[3 * n]: (position of the holder, start, end) of each of the n spans."""
+    spans = [(index, *span) for index, holder in enumerate(holders) for span in holder.spans]
+    return np.asarray(spans, np.int64).ravel()
+
+
+def _group(name: str, values: Any, width: int, count: int) -> list[list[Any]]:
+    """Returns for each of `count` holders its rows of `values`, `width` numbers each, of which the holder is first."""
+    rows = np.asarray(values, np.int64)
+    if rows.size % width or (rows.size and not 0 <= rows[::width].min() <= rows[::width].max() < count):
+        raise RecordsError(f"malformed record: {name!r} are not rows of {width} that start with one of {count} places")
+    groups: list[list[Any]] = [[] for _ in range(count)]
+    for index, *rest in rows.reshape(-1, width).tolist():
+        groups[index].append(tuple(rest))
+    return groups
+
+
 def parse_example(record: bytes) -> GroundingExample:
-    """Reads what `encode_example` wrote.
+    """Reads what `encode_example` wrote; records of builds that knew no expressions have none.
 
     Raises:
         RecordsError: the bytes are no tf.train.Example, or its features are not those of a grounding example.
@@ -116,18 +147,24 @@ def parse_example(record: bytes) -> GroundingExample:
     height, width = integer("height"), integer("width")
     phrases = texts("regions/phrase")
     count = len(phrases)
-    spans: list[list[tuple[int, int]]] = [[] for _ in phrases]
-    triples = np.asarray(values("caption_spans", "int64_list"), np.int64)
-    if triples.size % 3 or (triples.size and not 0 <= triples[::3].min() <= triples[::3].max() < count):
-        raise RecordsError("malformed record: 'caption_spans' are not (region, start, end) triples")
-    for index, start, end in triples.reshape(-1, 3).tolist():
-        spans[index].append((start, end))
+    spans = _group("caption_spans", values("caption_spans", "int64_list"), 3, count)
     boxes = np.asarray(values("regions/box", "float_list", 4 * count), np.float32).reshape(-1, 4)
     labels, granularities = texts("regions/label", count), texts("regions/granularity", count)
     _check_names("malformed record", modality, granularities)
     parents, crowds = texts("regions/parent", count), values("regions/iscrowd", "int64_list", count)
     masks = values("regions/mask", "bytes_list", count)
     row, column = values("spacing_mm", "float_list", 2)
+    expressions: list[Expression] = []
+    if any(name in stored for name in _EXPRESSION_FEATURES):
+        sentences = texts("expressions/text")
+        kinds = texts("expressions/kind", len(sentences))
+        named = _group("expression_regions", values("expression_regions", "int64_list"), 2, len(sentences))
+        words = _group("expression_spans", values("expression_spans", "int64_list"), 3, len(sentences))
+        for text, kind, indices, span in zip(sentences, kinds, named, words, strict=True):
+            places = tuple(index for (index,) in indices)
+            if places and not 0 <= min(places) <= max(places) < count:
+                raise RecordsError(f"malformed record: the expression {text!r} names region {places}, of {count}")
+            expressions.append(Expression(text, places, tuple(span), kind))
     return GroundingExample(
         image=values("image", "bytes_list", 1)[0],
         image_id=texts("image_id", 1)[0],
@@ -152,4 +189,5 @@ def parse_example(record: bytes) -> GroundingExample:
             for i in range(count)
         ),
         absent=tuple(texts("absent")),
+        expressions=tuple(expressions),
     )

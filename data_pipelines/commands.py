@@ -6,8 +6,9 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "build": ("data_pipelines.build", "make records from a folder of annotated images"),
+    "build": ("data_pipelines.build", "make records from folders of annotated images"),
     "audit": ("data_pipelines.audit", "report what is in records, and what is wrong with them"),
+    "verify": ("data_pipelines.verify", "compare the shards of records with their checksums"),
 }
 
 

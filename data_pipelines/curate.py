@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,8 +91,8 @@ def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
     Raises:
         SourceError: a box is not finite; the message names the image.
     """
-    regions, tally = [], Tally()
-    for region in example.regions:
+    regions, kept, tally = [], [], Tally()
+    for position, region in enumerate(example.regions):
         try:
             box, fate = clip_box(region.box, example.height, example.width)
         except ValueError as error:
@@ -103,7 +104,28 @@ def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
             continue
         tally.clipped += fate == "clipped"
         regions.append(dataclasses.replace(region, box=box))
+        kept.append(position)
+    example, _ = keep_regions(example, kept)
     return dataclasses.replace(example, regions=tuple(regions)), tally
+
+
+def keep_regions(example: GroundingExample, kept: Sequence[int]) -> tuple[GroundingExample, int]:
+    """Leaves out all regions but those at the positions `kept`, and the expressions that ground to one left out.
+
+    Returns:
+        (example, number of expressions left out).
+    """
+    if len(kept) == len(example.regions):
+        return example, 0
+    place = {old: new for new, old in enumerate(kept)}
+    expressions = tuple(
+        dataclasses.replace(expression, regions=tuple(place[old] for old in expression.regions))
+        for expression in example.expressions
+        if all(old in place for old in expression.regions)
+    )
+    regions = tuple(example.regions[old] for old in kept)
+    lost = len(example.expressions) - len(expressions)
+    return dataclasses.replace(example, regions=regions, expressions=expressions), lost
 
 
 def clean_name(name: str) -> str:
@@ -151,14 +173,20 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
 
+def split_key(example: GroundingExample, pool: str = "") -> str:
+    """Returns what decides the split of an example: its patient, in a pool if that has a name, else its image id."""
+    if not example.patient_id:
+        return example.image_id
+    return f"{pool}:{example.patient_id}" if pool else example.patient_id
+
+
 def split_of(example: GroundingExample, eval_fraction: float, seed: int = 0) -> str:
     """Returns "train" or "validation" from the hash of the patient's id, or of the image's where there is none.
 
     The same patient is on the same side in every data set and every build with this seed and fraction, and a larger
     fraction only moves images from train to validation.
     """
-    key = f"{seed}:{example.patient_id or example.image_id}"
-    share = int.from_bytes(_digest(key)[:8], "big") / 2**64
+    share = int.from_bytes(_digest(f"{seed}:{split_key(example)}")[:8], "big") / 2**64
     return "validation" if share < eval_fraction else "train"
 
 

@@ -4,16 +4,27 @@ import dataclasses
 import io
 import os
 import pathlib
+import struct
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import Image
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _ORIENTATION = 0x0112  # EXIF tag
 _PNG_BIT_DEPTH = 24  # place of the byte in the file
+# How files begin, and what reads them.
+_FORMATS = (
+    (b"\xff\xd8\xff", JpegImagePlugin.jpeg_factory),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    *((start, TiffImagePlugin.TiffImageFile) for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+)
+# What Pillow raises for damaged files: its plugins let errors of struct and of indices through.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, OverflowError, struct.error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +39,14 @@ class StoredImage:
 def list_images(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the image files in a folder and its subfolders by their relative path without suffix, sorted.
 
+    Hidden files do not count (see `limits.list_files`).
+
     Raises:
         SourceError: two images differ only in their suffix.
     """
     images: dict[str, pathlib.Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+    for path in limits.list_files(folder):
+        if is_image(path.name):
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in images:
                 raise SourceError(f"{images[stem]} and {path} have the same name: rename one, it is the image's id")
@@ -41,15 +54,49 @@ def list_images(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return images
 
 
-def _decode(path: str | os.PathLike) -> tuple[bytes, Image.Image]:
+def is_image(name: str) -> bool:
+    """Whether a file name is that of an image, and not hidden."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not limits.is_hidden(name)
+
+
+def open_image(encoded: bytes, where: object) -> Image.Image:
+    """Reads the header of an encoded image, whatever its file is called; `load` of the result decodes it.
+
+    `Image.open` would try some fifty formats, among them programs (EPS), and has one limit for the whole process.
+
+    Raises:
+        SourceError: it is of no format that is read, damaged, or larger than `Limits.image_pixels`.
+    """
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        factory = WebPImagePlugin.WebPImageFile
+    else:
+        factory = next((factory for start, factory in _FORMATS if encoded.startswith(start)), None)
     try:
-        encoded = pathlib.Path(path).read_bytes()
-        image = Image.open(io.BytesIO(encoded))
-        image.load()
+        if factory is None:
+            raise ValueError("it is no JPEG, PNG, BMP, TIFF or WebP")
+        image = factory(io.BytesIO(encoded), "")
+    except _DAMAGED as error:
+        raise _undecodable(where, error) from None
+    limits.check_image_size(*image.size, where)
+    return image
+
+
+def _undecodable(where: object, error: Exception) -> SourceError:
+    return SourceError(f"{where}: the image cannot be decoded ({error}); replace the file or leave it out")
+
+
+def _decode(path: str | os.PathLike, root: str | os.PathLike | None) -> tuple[bytes, Image.Image]:
+    if root is not None:
+        limits.check_inside(root, path)
+    try:
+        encoded = limits.read_bytes(path, "image_bytes")
     except FileNotFoundError:
         raise SourceError(f"{path}: there is no such image") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SourceError(f"{path}: the image cannot be decoded ({error}); replace the file or leave it out") from None
+    image = open_image(encoded, path)
+    try:
+        image.load()
+    except _DAMAGED as error:
+        raise _undecodable(path, error) from None
     return encoded, image
 
 
@@ -72,7 +119,9 @@ def _to_uint8(image: Image.Image, wide: bool) -> np.ndarray:
     return _grey_if_equal(np.asarray(image.convert("RGB")))
 
 
-def store_image(path: str | os.PathLike, annotated_size: tuple[int, int] | None = None) -> StoredImage:
+def store_image(
+    path: str | os.PathLike, annotated_size: tuple[int, int] | None = None, root: str | os.PathLike | None = None
+) -> StoredImage:
     """Reads and checks an image file.
 
     8-bit grey or RGB JPEG and PNG files are kept byte for byte. Anything else becomes PNG: palettes are looked up,
@@ -82,17 +131,23 @@ def store_image(path: str | os.PathLike, annotated_size: tuple[int, int] | None 
     Args:
         path: image file.
         annotated_size: (height, width) that the annotation was made on, if it says so.
+        root: the input folder, out of which no symbolic link may lead (see `limits.check_inside`).
 
     Raises:
-        SourceError: the file is missing, damaged or cut short, holds several pictures, or has another size.
+        SourceError: the file is missing, damaged or cut short, holds several pictures, has another size, is larger
+            than `limits.Limits` allows, or lies outside `root`.
     """
-    encoded, image = _decode(path)
+    encoded, image = _decode(path, root)
     kind = "JPEG" if image.format == "MPO" else image.format
-    if kind != "JPEG" and getattr(image, "n_frames", 1) != 1:
+    try:
+        frames = 1 if kind == "JPEG" else getattr(image, "n_frames", 1)
+        turn = image.getexif().get(_ORIENTATION, 1) if kind == "JPEG" else 1
+    except _DAMAGED as error:
+        raise _undecodable(path, error) from None
+    if frames != 1:
         raise SourceError(f"{path}: holds several pictures; split them into files of their own")
     wide = kind == "PNG" and encoded[_PNG_BIT_DEPTH] == 16
     keep = kind in ("JPEG", "PNG") and image.mode in ("L", "RGB") and not wide and "transparency" not in image.info
-    turn = image.getexif().get(_ORIENTATION, 1) if kind == "JPEG" else 1
     if turn != 1:
         keep = False
         if annotated_size and annotated_size != (image.height, image.width):
@@ -112,20 +167,25 @@ def store_image(path: str | os.PathLike, annotated_size: tuple[int, int] | None 
     return StoredImage(encoded, *size)
 
 
-def _decode_mask(path: str | os.PathLike, size: tuple[int, int]) -> Image.Image:
-    _, image = _decode(path)
+def _decode_mask(path: str | os.PathLike, size: tuple[int, int], root: str | os.PathLike | None) -> Image.Image:
+    _, image = _decode(path, root)
     if (image.height, image.width) != size:
         raise SourceError(f"{path}: the mask is {image.width} x {image.height} pixels, its image {size[1]} x {size[0]}")
     return image
 
 
-def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
+def read_mask(path: str | os.PathLike, size: tuple[int, int], root: str | os.PathLike | None = None) -> np.ndarray:
     """Returns bool[height, width]: where any colour channel of a mask image is not 0 (transparency does not count).
 
+    Args:
+        path: mask image.
+        size: (height, width) of its image.
+        root: as in `store_image`.
+
     Raises:
-        SourceError: the file is damaged, or its size is not the image's `size` (height, width).
+        SourceError: the file is damaged, its size is not the image's, or as `store_image`.
     """
-    image = _decode_mask(path, size)
+    image = _decode_mask(path, size, root)
     if image.mode == "P":
         image = image.convert("RGB")
     pixels = np.asarray(image)
@@ -134,7 +194,9 @@ def read_mask(path: str | os.PathLike, size: tuple[int, int]) -> np.ndarray:
     return np.any(pixels.reshape(*size, -1), axis=-1, keepdims=True)[..., 0]
 
 
-def read_label_map(path: str | os.PathLike, size: tuple[int, int], colours: bool) -> np.ndarray:
+def read_label_map(
+    path: str | os.PathLike, size: tuple[int, int], colours: bool, root: str | os.PathLike | None = None
+) -> np.ndarray:
     """Returns int64[height, width]: the label of each pixel of a mask image that holds several.
 
     Args:
@@ -142,11 +204,12 @@ def read_label_map(path: str | os.PathLike, size: tuple[int, int], colours: bool
         size: (height, width) of its image.
         colours: whether a label is its colour, then red * 65536 + green * 256 + blue, or its value: the grey value (of
             up to 16 bits), or the index into the palette.
+        root: as in `store_image`.
 
     Raises:
         SourceError: as `read_mask`, or the mask has colours where values are expected.
     """
-    image = _decode_mask(path, size)
+    image = _decode_mask(path, size, root)
     if not colours and (image.mode in ("P", "1", "L") or image.mode.startswith("I")):
         return np.asarray(image, np.int64)
     pixels = np.asarray(image.convert("RGB"), np.int64)  # [H, W, 3]

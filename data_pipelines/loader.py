@@ -1,91 +1,56 @@
 """Records to batches with Grain: the same batches from the same seed, resumable to the exact next one.
 
 Training goes through one endless series of examples, the same for any number of processes: epoch after epoch, each
-shuffled anew, each example augmented anew by its place in the series. Process p of n takes the places p, p + n, ..., so
-that every example comes exactly once in an epoch, whatever the number of processes.
+shuffled anew, each example augmented anew by its place in the series (`mixture` says which example stands where).
+Process p of n takes the places p, p + n, ..., so that the position in the series is all that a resumed run needs, with
+as many processes or others. A record that cannot be used leaves its place to the next one of the series.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import os
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import cv2
 import grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.records import Records, RecordsError, find_shards, open_source, parse_example
+from data_pipelines.batches import Batch, TrainBatches, make_batches
+from data_pipelines.examples import ExampleSource, decode_example
+from data_pipelines.mixture import Series, sampling_order, sampling_rates
+from data_pipelines.quarantine import Quarantine
+from data_pipelines.record_index import concatenate, read_index
+from data_pipelines.records import Records, RecordsError, find_shards
 from data_pipelines.schema import MODALITIES, GroundingExample
-from data_pipelines.text import TextTokenizer, Vocabulary, load_tokenizer, sample_prompt
-from data_pipelines.transforms import decode_image, flip_annotations, flip_pixels, resize_into, scale_boxes
+from data_pipelines.text import PromptRule, PromptTooLong, TextTokenizer, Vocabulary, load_tokenizer, sample_prompt
+from data_pipelines.transforms import flip_annotations, flip_pixels, resize_into, scale_boxes
 
-_BATCHES_AHEAD = 1  # stacked while the step before runs
-
-Batch = dict[str, np.ndarray]
+_MOST_REPLACEMENTS = 100  # records in a row that cannot be used
 
 
-class ExampleSource:
-    """Random access to the examples of a split; picklable. Its errors name the shard and the place of the record."""
-
-    def __init__(self, records: Records):
-        """Opens the shards.
-
-        Raises:
-            RecordsError: the split is empty, or a shard is damaged.
-        """
-        if not records.num_examples:
-            raise RecordsError(f"{records.directory}:{records.split} holds no examples")
-        self.records = records
-        self._source = open_source(records)
-
-    def __len__(self) -> int:
-        return self.records.num_examples
-
-    def __getitem__(self, index: int) -> GroundingExample:
-        record = self._source[index]
-        try:
-            example = parse_example(record)
-        except RecordsError as error:
-            raise RecordsError(f"{self.records.locate(index)}: {error}") from error
-        # Batches hold no masks, and mirroring them costs more than all the rest.
-        regions = tuple(dataclasses.replace(region, mask=None) for region in example.regions)
-        return dataclasses.replace(example, regions=regions)
-
-    def name(self, index: int, example: GroundingExample) -> str:
-        """Names an example for error messages: its shard, its place there and its image."""
-        return f"{self.records.locate(index)}, image {example.image_id!r}"
-
-    def __repr__(self) -> str:
-        return f"ExampleSource({self.records.directory}:{self.records.split}, {len(self)} examples)"
-
-
-def _decode(example: GroundingExample) -> np.ndarray:
-    image = decode_image(example.image)
-    if image.shape[:2] != (example.height, example.width):
-        raise ValueError(
-            f"the image is {image.shape[1]} x {image.shape[0]} pixels and its record says "
-            f"{example.width} x {example.height}: its boxes belong to another version of it; build the records again"
-        )
-    return image
+class RecipeError(ValueError):
+    """An example that is sound, but that the recipe has no room for: no reason to skip it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
     """Makes an example of the training batch: reads, decodes, augments, writes the prompt, pads.
 
-    Attributes: `source` of the examples; the others as the fields of `config.data` with these names; `max_boxes` is M
-    and `max_tokens` is L.
+    Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
+    `prompts` draws the prompts of L = `prompts.max_tokens` tokens; the others as the fields of `config.data` with these
+    names; `max_boxes` is M.
     """
 
     source: ExampleSource
+    series: Series
+    quarantine: Quarantine
     canvas: tuple[int, int]
     scale_range: tuple[float, float]
     flip_probability: float
     max_boxes: int
-    max_tokens: int
-    max_negatives: int
-    full_negatives_probability: float
-    caption_probability: float
+    prompts: PromptRule
     tokenizer: TextTokenizer
     vocabulary: Vocabulary
 
@@ -96,41 +61,49 @@ class TrainTransform:
                 f"config.data.scale_range is {self.scale_range}: it must rise, above 0 and at most 1 (the whole canvas)"
             )
 
-    def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the row of the batch that the example of this place in the split makes.
+    def __call__(self, place: int, rng: np.random.Generator) -> dict[str, Any]:
+        """Returns the row of the batch at a place of the series, or of the next one whose record can be used.
 
         Raises:
-            ValueError: the example cannot be used; the message names its shard, its place there and its image.
+            ValueError: the recipe has no room for an example, or too many records are corrupt; the message names the
+                shard, the place there and the image.
         """
-        example = self.source[index]
-        try:
-            return self._transform(example, rng)
-        except ValueError as error:
-            raise ValueError(f"{self.source.name(index, example)}: {error}") from error
+        last: Exception | None = None
+        for candidate in range(place, place + _MOST_REPLACEMENTS):
+            index = self.series[candidate]
+            image_id = ""
+            try:
+                example = self.source[index]
+                image_id = example.image_id
+                return self._transform(example, rng)
+            except (RecipeError, PromptTooLong) as error:
+                raise ValueError(f"{self.source.name(index, example)}: {error}") from error
+            except ValueError as error:
+                number, position = self.source.split(index)
+                self.quarantine.add(self.source.records[number], position, error, image_id)
+                last = error
+        raise RecordsError(f"none of {_MOST_REPLACEMENTS} records in a row can be used; the last: {last}") from last
 
     def _transform(self, example: GroundingExample, rng: np.random.Generator) -> dict[str, Any]:
         flip = rng.random() < self.flip_probability
         scale = rng.uniform(*self.scale_range)
-        pixels, size, scales = resize_into(_decode(example), self.canvas, scale)
+        pixels, size, scales = resize_into(decode_example(example), self.canvas, scale)
         if flip:
             pixels, example = flip_pixels(pixels, size), flip_annotations(example)
         prompt, regions = sample_prompt(
             example,
             rng,
             tokenizer=self.tokenizer,
-            max_tokens=self.max_tokens,
-            max_negatives=self.max_negatives,
-            full_negatives_probability=self.full_negatives_probability,
-            caption_probability=self.caption_probability,
             vocabulary=self.vocabulary,
+            rule=self.prompts,
         )
         count = len(regions)
         if count > self.max_boxes:
-            raise ValueError(
+            raise RecipeError(
                 f"it has {count} boxes and config.data.max_boxes is {self.max_boxes}: raise that to {count} or more"
             )
         boxes = np.zeros((self.max_boxes, 4), np.float32)
-        positive_map = np.zeros((self.max_boxes, self.max_tokens), np.float32)
+        positive_map = np.zeros((self.max_boxes, self.prompts.max_tokens), np.float32)
         if count:
             boxes[:count] = scale_boxes(np.stack([region.box for region in regions]), scales)
             positive_map[:count] = prompt.positive_map
@@ -160,7 +133,7 @@ class EvalTransform:
             example = self.source[index]
             image_id, modality = example.image_id, MODALITIES.index(example.modality)
             try:
-                image = _decode(example)
+                image = decode_example(example)
                 pixels, size, scales = resize_into(image, self.canvas)
             except ValueError as error:
                 raise ValueError(f"{self.source.name(index, example)}: {error}") from error
@@ -182,38 +155,61 @@ class EvalTransform:
         }
 
 
-def _start_worker(index: int, count: int) -> None:
-    """Keeps OpenCV to one thread: threads and processes of the loader share the cores already."""
-    cv2.setNumThreads(0)
-
-
-def _decode_ahead(examples: grain.MapDataset, data: ConfigDict, batch_size: int) -> grain.IterDataset:
-    """Batches examples that threads, or processes, make ahead; the order does not depend on how many there are."""
-    cv2.setNumThreads(0)
-    options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=data.prefetch)
-    if not data.num_workers:
-        made = examples.to_iter_dataset(options)
-    else:
-        from absl import flags
-
-        if not flags.FLAGS.is_parsed():  # Grain reads its own flags; outside absl.app.run nobody has parsed them
-            flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(
-            num_workers=data.num_workers, per_worker_buffer_size=max(1, data.prefetch // data.num_workers)
-        )
-        made = examples.to_iter_dataset(options).mp_prefetch(workers, _start_worker)
-    batches = made.batch(batch_size, drop_remainder=True)
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
-
-
 def _check_processes(process_index: int, process_count: int) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process {process_index} of {process_count}: it must be from 0 to {process_count - 1}")
 
 
+def _find_all(train: str) -> list[Records]:
+    """Finds the records of "DIR[:SPLIT],DIR[:SPLIT],..."."""
+    if not train.strip():
+        raise RecordsError("config.data.train is empty: set it to the records to train on, DIR or DIR:SPLIT")
+    if os.path.isdir(train) or os.path.isdir(train.rpartition(":")[0]):  # a comma may be part of a name
+        return [find_shards(train)]
+    return [find_shards(path.strip()) for path in train.split(",") if path.strip()]
+
+
+def merge_phrases(tables: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Joins the "phrases" of several splits' metadata; of two labels of a phrase, the more frequent one stays."""
+    merged: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        for phrase, entry in table.items():
+            known = merged.setdefault(phrase, {**entry, "count": 0, "modalities": []})
+            main = entry if entry["count"] > known["count"] else known
+            merged[phrase] = {
+                **main,
+                "count": known["count"] + entry["count"],
+                "modalities": list(dict.fromkeys([*known["modalities"], *entry["modalities"]])),
+            }
+    return dict(sorted(merged.items(), key=lambda item: -item[1]["count"]))
+
+
+def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tuple[Series, str]:
+    """Returns the series of records, and a name that tells it from others."""
+    number = sum(split.num_examples for split in records)
+    name = zlib.crc32(f"{seed} {[(split.split, split.shard_lengths) for split in records]}".encode())
+    if not (data.mixture_weights or data.balance_modalities or data.balance_labels or data.repeat_threshold):
+        return Series(number, seed), f"{name:08x}"
+    index = concatenate([read_index(split) for split in records])
+    rates = sampling_rates(
+        index,
+        weights=data.mixture_weights,
+        balance_modalities=data.balance_modalities,
+        balance_labels=data.balance_labels,
+        repeat_threshold=data.repeat_threshold,
+    )
+    return Series(number, seed, rates, sampling_order(index, seed)), f"{zlib.crc32(rates.tobytes(), name):08x}"
+
+
 def train_loader(
-    data: ConfigDict, *, seed: int, batch_size: int, process_index: int, process_count: int
-) -> grain.DatasetIterator[Batch]:
+    data: ConfigDict,
+    *,
+    seed: int,
+    batch_size: int,
+    process_index: int,
+    process_count: int,
+    quarantine: str | os.PathLike | None = None,
+) -> TrainBatches:
     """Opens the endless training batches of this process.
 
     Args:
@@ -221,6 +217,7 @@ def train_loader(
         seed: of order, augmentation and prompts, 0 or more.
         batch_size: images B in a batch of this process.
         process_index, process_count: which process this is, of how many that load.
+        quarantine: file for the list of corrupt records where `data.quarantine` is ""; None lists them in the log only.
 
     Returns:
         An iterator of dicts with M = data.max_boxes and L = data.max_tokens:
@@ -236,34 +233,41 @@ def train_loader(
             image_id        str[B]
 
         `get_state()` tells where it stands and `set_state(state)` goes on there, with the next batch exactly as it
-        would have been; the state fits the same number of workers and processes. Call `close()` at the end.
+        would have been; with another number of processes and the same global batch, with the same examples in the
+        batches of all processes together. Call `close()` at the end.
 
     Raises:
-        RecordsError: `data.train` names no records, or damaged ones.
-        ValueError: a field cannot be used. While iterating: an example cannot be used; the message names its shard and
-            its image.
+        RecordsError: `data.train` names no records, or damaged ones. While iterating: more records are corrupt than
+            `data.max_corrupt`.
+        ValueError: a field cannot be used. While iterating: the recipe has no room for an example; the message names
+            its shard and its image.
     """
     _check_processes(process_index, process_count)
-    if not data.train:
-        raise RecordsError("config.data.train is empty: set it to the records to train on, DIR or DIR:SPLIT")
-    records = find_shards(data.train)
-    source = ExampleSource(records)
+    records = _find_all(data.train)
+    source = ExampleSource(*records)
+    series, name = _make_series(records, data, seed)
+    listed = Quarantine(data.quarantine or quarantine, data.max_corrupt, process_index)
     transform = TrainTransform(
         source=source,
+        series=series,
+        quarantine=listed,
         canvas=tuple(data.canvas),
         scale_range=tuple(data.scale_range),
         flip_probability=data.flip_probability,
         max_boxes=data.max_boxes,
-        max_tokens=data.max_tokens,
-        max_negatives=data.max_negatives,
-        full_negatives_probability=data.full_negatives_probability,
-        caption_probability=data.caption_probability,
+        prompts=PromptRule.from_config(data),
         tokenizer=load_tokenizer(data.tokenizer),
-        vocabulary=Vocabulary.from_metadata(records.metadata["phrases"]),
+        vocabulary=Vocabulary.from_metadata(merge_phrases([split.metadata["phrases"] for split in records])),
     )
-    epoch = grain.MapDataset.range(len(source)).seed(seed).shuffle()
-    series = epoch.repeat(None, reseed_each_epoch=True).random_map(transform)
-    return iter(_decode_ahead(series[process_index::process_count], data, batch_size))
+    return TrainBatches(
+        grain.MapDataset.range(sys.maxsize).seed(seed).random_map(transform),
+        data,
+        listed,
+        series=name,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 class EvalLoader:
@@ -317,4 +321,4 @@ def eval_loader(data: ConfigDict, *, path: str, batch_size: int, process_index: 
     num_batches = -(-len(source) // (process_count * batch_size))
     places = grain.MapDataset.range(num_batches * process_count * batch_size)
     rows = places[process_index::process_count].map(EvalTransform(source, tuple(data.canvas)))
-    return EvalLoader(_decode_ahead(rows, data, batch_size), num_batches, len(source))
+    return EvalLoader(make_batches(rows, data, batch_size), num_batches, len(source))

@@ -15,6 +15,15 @@ def shard_name(name: str, split: str, file_format: str, index: int, count: int) 
     return f"{name}-{split}.{file_format}-{index:05d}-of-{count:05d}"
 
 
+def open_shard_writer(path: pathlib.Path, file_format: str) -> Any:
+    """Opens a new shard; the writer has `write(record)` and `close()`."""
+    if file_format == "tfrecord":
+        return TFRecordWriter(path)
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return ArrayRecordWriter(str(path), "group_size:1")
+
+
 class SplitWriter:
     """Writes the shards of one split under temporary names; `finish` gives them their own."""
 
@@ -31,12 +40,7 @@ class SplitWriter:
     def _open_shard(self) -> None:
         path = self._prefix.with_name(f"{self._prefix.name}.tmp-{len(self._paths)}")
         self._paths.append(path)
-        if self._format == "tfrecord":
-            self._writers.append(TFRecordWriter(path))
-        else:
-            from array_record.python.array_record_module import ArrayRecordWriter
-
-            self._writers.append(ArrayRecordWriter(str(path), "group_size:1"))
+        self._writers.append(open_shard_writer(path, self._format))
         self.shard_lengths.append(0)
         self._filled = 0
 

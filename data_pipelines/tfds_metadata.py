@@ -1,7 +1,8 @@
 """The features of a GroundingExample in TFDS terms, and the JSON files that make a folder of shards a TFDS data set.
 
 The only module that needs the whole of tensorflow_datasets, and only when records are written. No nested ragged
-sequences: TFDS cannot write those without TensorFlow, so caption spans are triples beside the regions.
+sequences: TFDS cannot write those without TensorFlow, so the spans of captions and expressions are triples, and the
+regions of expressions pairs, beside them.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"  # 1.0.0 had no expressions
 
 
 def make_features() -> Any:
@@ -43,6 +44,9 @@ def make_features() -> Any:
                     "mask": text,
                 }
             ),
+            "expressions": tfds.features.Sequence({"text": text, "kind": text}),
+            "expression_regions": tfds.features.Sequence(tfds.features.Tensor(shape=(2,), dtype=np.int64)),
+            "expression_spans": tfds.features.Sequence(tfds.features.Tensor(shape=(3,), dtype=np.int64)),
         }
     )
 
@@ -69,7 +73,8 @@ def write_tfds_metadata(
     info = tfds.core.DatasetInfo(
         builder=identity,
         description="Images with grounded regions. Boxes are x0 y0 x1 y1 in pixels, half-open; masks are the counts of "
-        "compressed COCO run-length encodings; caption_spans are (region, start, end) with half-open characters.",
+        "compressed COCO run-length encodings; caption_spans are (region, start, end) with half-open characters, "
+        "expression_spans (expression, start, end), and expression_regions (expression, region).",
         features=make_features(),
     )
     info.set_file_format(file_format)

@@ -22,6 +22,9 @@ def _masked_crc(content: bytes) -> int:
 class TFRecordWriter:
     """Writes records to a new file at `path`, with the interface of ArrayRecordWriter."""
 
+    HEADER_BYTES = _HEADER.size  # before a record
+    FRAME_BYTES = _HEADER.size + _FOOTER.size  # around a record
+
     def __init__(self, path: str | os.PathLike):
         self._file = open(path, "wb")  # noqa: SIM115 - `close` closes it, as with ArrayRecordWriter
 

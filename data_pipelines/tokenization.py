@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 BUNDLED = pathlib.Path(__file__).with_name("tokenizer")
-_REMEMBERED = 65536  # phrases whose number of tokens is kept
+_REMEMBERED = 65536  # phrases whose number of tokens is kept, and words whose tokens are
 _PAD_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # BERT, RoBERTa and T5, GPT-2
 
 
@@ -58,10 +58,14 @@ class TextTokenizer:
         if self.pad_id < 0:
             raise ValueError("it has no padding token: name one as pad_token in its tokenizer_config.json")
         self.vocab_size = max(vocabulary.values()) + 1
-        special = tokenizer.encode("a").special_tokens_mask
+        probe = tokenizer.encode("a")
+        ids, special = probe.ids, probe.special_tokens_mask
         self.num_leading = special.index(0)
         self.num_trailing = special[::-1].index(0)
+        self._leading, self._trailing = ids[: self.num_leading], ids[len(ids) - self.num_trailing :]
+        self._splits_at_spaces = _splits_at_spaces(tokenizer)
         self._lengths: dict[str, int] = {}
+        self._words: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
     def encode(self, text: str) -> Encoding:
         """Tokenises a text and adds the special tokens.
@@ -69,8 +73,28 @@ class TextTokenizer:
         Raises:
             ValueError: the text has lone surrogates.
         """
-        encoding = self._encode(text)
-        return Encoding(encoding.ids, encoding.offsets)
+        if not self._splits_at_spaces:
+            encoding = self._encode(text)
+            return Encoding(encoding.ids, encoding.offsets)
+        # Prompts are made of the same words again and again, and encoding one takes longer than joining a hundred.
+        ids, offsets = self._leading.copy(), [(0, 0)] * self.num_leading
+        start = 0
+        for word in text.split(" "):
+            known = self._words.get(word) or self._encode_word(word, text)
+            ids += known[0]
+            offsets += [(first + start, last + start) for first, last in known[1]]
+            start += len(word) + 1
+        return Encoding(ids + self._trailing, offsets + [(0, 0)] * self.num_trailing)
+
+    def _encode_word(self, word: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        try:
+            encoding = self._encode(word, add_special_tokens=False)
+        except ValueError:
+            encoding = self._encode(text)  # fails too, and its message shows all of the text
+        if len(self._words) >= _REMEMBERED:
+            self._words.clear()
+        tokens = self._words[word] = encoding.ids, encoding.offsets
+        return tokens
 
     def count(self, phrase: str) -> int:
         """Returns the number of tokens of a phrase, without special tokens; remembered, phrases come again."""
@@ -101,7 +125,18 @@ class TextTokenizer:
             (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lengths": {}}
+        return {**self.__dict__, "_lengths": {}, "_words": {}}
+
+
+def _splits_at_spaces(tokenizer: tokenizers.Tokenizer) -> bool:
+    """Tells whether the tokens of a text are those of its words one by one, as with BERT's own WordPiece."""
+    content = json.loads(tokenizer.to_str())
+    kinds = {name: (content.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")}
+    return kinds == {
+        "normalizer": "BertNormalizer",
+        "pre_tokenizer": "BertPreTokenizer",
+        "model": "WordPiece",
+    } and not any(" " in token["content"] or token["lstrip"] or token["rstrip"] for token in content["added_tokens"])
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Trains the bundled WordPiece vocabulary from the taxonomy; run it again when labels.yaml has new words.
+"""Trains the bundled WordPiece vocabulary from the taxonomy; run it again when its labels have new words.
 
     python -m data_pipelines.train_tokenizer [--output DIR]
 
@@ -16,13 +16,14 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from data_pipelines.schema import MODALITIES
-from data_pipelines.taxonomy import LABELS_FILE, load_taxonomy
+from data_pipelines.taxonomy import FOLDER, load_taxonomy
 from data_pipelines.tokenization import BUNDLED, TextTokenizer
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PREFIX = "##"  # of a piece that goes on with a word
 _LEAST_USES = 4  # words that share a piece
 _LONGEST_PIECE = 8  # characters
+_MOST_PIECES = 192  # the vocabulary has to stay below the 1,024 rows of configs/demo.py
 _CONFIG = {
     "tokenizer_class": "BertTokenizer",
     "do_lower_case": True,
@@ -35,7 +36,7 @@ _CONFIG = {
 }
 
 # What findings and referring phrases are made of, beside the names of the taxonomy.
-REPORT_WORDS_FILE = LABELS_FILE.with_name("report_words.txt")
+REPORT_WORDS_FILE = FOLDER / "report_words.txt"
 
 
 def corpus() -> Iterable[str]:
@@ -60,7 +61,9 @@ def _frequent_pieces(words: Sequence[str]) -> list[str]:
     longer = {
         part for piece, count in frequent.items() for part in (piece[1:], piece[:-1]) if frequent.get(part) == count
     }
-    return sorted(piece for piece in frequent if piece not in longer)
+    kept = [piece for piece in frequent if piece not in longer]
+    # What a piece saves is its length in each of its words.
+    return sorted(sorted(kept, key=lambda piece: (-len(piece) * frequent[piece], piece))[:_MOST_PIECES])
 
 
 def train_tokenizer(texts: Iterable[str]) -> TextTokenizer:

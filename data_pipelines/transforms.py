@@ -8,7 +8,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from data_pipelines.schema import GroundingExample, Region
+from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.text import swap_sides, swap_sides_with_spans
 
 _JPEG = b"\xff\xd8\xff"
@@ -113,8 +113,8 @@ def flip_annotations(example: GroundingExample) -> GroundingExample:
     """Returns what is known about an image after its pixels are mirrored; `image` itself stays as it is.
 
     In a mirrored chest the left lung looks and lies like a right one, so left and right change places in phrases,
-    labels, parents, absent labels and in the caption with its spans, as boxes and masks do. What has no side keeps its
-    name, and so do words such as "leftmost".
+    labels, parents, absent labels, and in the caption and the expressions with their spans, as boxes and masks do. What
+    has no side keeps its name, and so do words such as "leftmost".
     """
     caption, spans = swap_sides_with_spans(example.caption, [region.spans for region in example.regions])
     return dataclasses.replace(
@@ -124,7 +124,13 @@ def flip_annotations(example: GroundingExample) -> GroundingExample:
             _flip_region(region, example.width, moved) for region, moved in zip(example.regions, spans, strict=True)
         ),
         absent=tuple(swap_sides(label) for label in example.absent),
+        expressions=tuple(_flip_expression(expression) for expression in example.expressions),
     )
+
+
+def _flip_expression(expression: Expression) -> Expression:
+    text, (spans,) = swap_sides_with_spans(expression.text, [expression.spans])
+    return dataclasses.replace(expression, text=text, spans=spans)
 
 
 def _flip_region(region: Region, width: int, spans: tuple[tuple[int, int], ...]) -> Region:

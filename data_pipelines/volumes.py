@@ -303,8 +303,8 @@ def resize_labels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return pixels[rows[:, None], columns]
 
 
-def split_components(mask: np.ndarray, least: float, one_by_one: bool) -> tuple[list[np.ndarray], int]:
-    """Separates the components (8-connected) of a mask.
+def split_components(mask: np.ndarray, least: float = 0, one_by_one: bool = True) -> tuple[list[np.ndarray], int]:
+    """Separates the components (8-connected) of a mask, in the order of their first rows.
 
     Args:
         mask: bool[H, W].

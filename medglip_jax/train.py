@@ -8,6 +8,7 @@ The same command goes on where an interrupted run stopped, with the batch that w
     tokenizer/              the tokenizer of the prompts
     checkpoints/STEP/       state and position in the data
     metrics.jsonl           one line every config.training.log_every steps
+    quarantine.jsonl        records that could not be used, if there are any
     tensorboard/            the same for TensorBoard
     evaluation.json         average precision at the end, on config.data.eval
     predictions.png         predicted and true boxes of some of its images
@@ -48,6 +49,7 @@ from medglip_jax.training.step import check_finite, make_train_step
 
 EVALUATION_FILE = "evaluation.json"
 SHEET_FILE = "predictions.png"
+QUARANTINE_FILE = "quarantine.jsonl"
 
 
 def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
@@ -166,6 +168,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             batch_size=config.data.batch_size // jax.process_count(),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            quarantine=workdir / QUARANTINE_FILE,
         )
         stack.callback(loader.close)
         checkpoints = stack.enter_context(Checkpoints(workdir, training.keep_checkpoints))
@@ -212,6 +215,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
                 results = evaluate(state)
                 log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in ("AP", "AP50", "AP75")})
                 progress.pause()
+        if (corrupt := loader.quarantine.count()) and jax.process_index() == 0:
+            print(f"{corrupt} records could not be used and were skipped: {loader.quarantine.path} lists them")
 
     if not config.data.eval:
         return None

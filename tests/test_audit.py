@@ -19,7 +19,7 @@ from data_pipelines.audit_pixels import (
     find_near,
     find_writing,
     hash_picture,
-    looks_alike,
+    look_alike,
     make_thumbnail,
     to_grey,
 )
@@ -178,14 +178,14 @@ def test_the_hash_survives_reencoding_and_resizing(which, scale, quality):
     copy = decode_image(_encode(copy, ".jpg", cv2.IMWRITE_JPEG_QUALITY, quality))
     distance = (hash_picture(to_grey(pixels)) ^ hash_picture(to_grey(copy))).bit_count()
     assert distance <= HASH_DISTANCE
-    assert looks_alike(make_thumbnail(pixels), make_thumbnail(copy))
+    assert look_alike(make_thumbnail(pixels), make_thumbnail(copy))
 
 
 @hypothesis.given(st.sampled_from(sorted(KINDS_OF_PHANTOMS)), st.integers(0, 999), st.integers(0, 999))
 def test_different_phantoms_do_not_look_alike(modality, one, other):
     hypothesis.assume(one != other)
     a, b = (decode_image(phantom(index, modality=modality, size=128).image) for index in (one, other))
-    assert not looks_alike(make_thumbnail(a), make_thumbnail(b))
+    assert not look_alike(make_thumbnail(a), make_thumbnail(b))
     assert digest_pixels(a) != digest_pixels(b)
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import build as build_module
 from data_pipelines.build import build, main
+from data_pipelines.building import staging
 from data_pipelines.curate import SourceError
 from data_pipelines.records import FORMATS, RecordsError, find_shards, read_examples, read_metadata
 from data_pipelines.sources import detect_source
@@ -45,7 +45,7 @@ def test_build_writes_records_and_counts(smears, tmp_path, capsys, file_format):
     for line in (
         "train: 10 images, 20 regions",
         "20 red_blood_cell",
-        "boxes clipped: 10; dropped: 20; outside the image: 10; no area: 10",
+        "boxes clipped: 10; dropped: 20; no area: 10; outside the image: 10",
         "skipped: 0",
     ):
         assert line in printed
@@ -83,11 +83,22 @@ def test_truncated_image_stops_the_build_and_leaves_nothing(smears, tmp_path, ca
 
 def test_truncated_image_can_be_skipped_and_is_listed(smears, tmp_path, capsys):
     cut_image(smears)
-    assert run(smears, tmp_path / "out", "--on-error", "skip") == 0
+    assert run(smears, tmp_path / "out", "--on-error", "skip", "--list", str(tmp_path / "list.json")) == 0
     metadata = read_metadata(tmp_path / "out")
     assert metadata["splits"]["train"]["num_examples"] == 9
-    assert len(metadata["build"]["skipped"]) == 1 and "3.jpg" in metadata["build"]["skipped"][0]
+    assert metadata["build"]["data_sets"]["blood_smears"]["skipped"] == 1
     assert "images skipped: 1\n" in capsys.readouterr().out
+    (skipped,) = json.loads((tmp_path / "list.json").read_text())["skipped"]["blood_smears"]
+    assert "3.jpg: the image cannot be decoded" in skipped
+
+
+def test_records_name_no_files(smears, tmp_path):
+    cut_image(smears)
+    (smears / "JPEGImages" / "unused.jpg").write_bytes((smears / "JPEGImages" / "1.jpg").read_bytes())
+    assert run(smears, tmp_path / "out", "--on-error", "skip") == 0
+    for path in (tmp_path / "out").iterdir():
+        assert b"3.jpg" not in path.read_bytes()
+        assert b"JPEGImages" not in path.read_bytes()
 
 
 def test_output_is_replaced_only_when_asked_and_only_when_complete(smears, tmp_path, capsys):
@@ -110,13 +121,15 @@ def test_failed_rename_restores_the_older_records(smears, tmp_path, monkeypatch)
     replace = os.replace
 
     def failing(source, target):
-        if target == output.resolve() and "-old" not in str(source):
+        if target == output.resolve() and source.name.startswith("records-"):
             raise OSError("disk full")
         replace(source, target)
 
-    monkeypatch.setattr(build_module.os, "replace", failing)
+    monkeypatch.setattr(staging.os, "replace", failing)
     assert run(smears, output, "--overwrite") == 1
     assert find_shards(output).num_examples == 10
+    monkeypatch.undo()
+    assert run(smears, output, "--overwrite") == 0  # goes on where it stopped
     assert sorted(os.listdir(tmp_path)) == ["Blood smears", "out"]
 
 

@@ -9,7 +9,7 @@ from pycocotools import mask as coco_mask
 from tensorflow_datasets.proto import tf_example_generated_pb2
 
 from data_pipelines.codec import RecordsError, encode_example, parse_example
-from data_pipelines.schema import GRANULARITIES, MODALITIES, GroundingExample, Region
+from data_pipelines.schema import GRANULARITIES, MODALITIES, Expression, GroundingExample, Region
 
 LUNG = Region(
     box=np.asarray([0.5, 1, 2.25, 3], np.float32),
@@ -32,7 +32,12 @@ CHEST = GroundingExample(
     caption="The left lung; also it.",
     regions=(LUNG, dataclasses.replace(LUNG, phrase="nodule", mask=None, spans=(), iscrowd=True)),
     absent=("fracture",),
+    expressions=(
+        Expression("the nodule in the left lung", (1, 0), ((4, 10), (18, 27)), "referring"),
+        Expression("no fracture", kind="absent"),
+    ),
 )
+LISTS = ("absent", "caption_spans", "expression_regions", "expression_spans")  # any number of values will do
 
 
 @st.composite
@@ -53,6 +58,14 @@ def examples(draw):
         iscrowd=st.booleans(),
         spans=st.lists(ends, max_size=3).map(tuple),
     )
+    regions = tuple(draw(st.lists(region, max_size=4)))
+    expression = st.builds(
+        Expression,
+        text=text,
+        regions=st.lists(st.integers(0, len(regions) - 1), max_size=3).map(tuple) if regions else st.just(()),
+        spans=st.lists(st.tuples(*[st.integers(0, 9)] * 2), max_size=3).map(tuple),
+        kind=text,
+    )
     return GroundingExample(
         image=draw(st.binary()),
         image_id=draw(text),
@@ -63,8 +76,9 @@ def examples(draw):
         modality=draw(st.sampled_from(MODALITIES)),
         spacing_mm=draw(st.tuples(*[st.floats(0, 100, width=32)] * 2)),
         caption=caption,
-        regions=tuple(draw(st.lists(region, max_size=4))),
+        regions=regions,
         absent=tuple(draw(st.lists(text, max_size=3))),
+        expressions=tuple(draw(st.lists(expression, max_size=3))),
     )
 
 
@@ -93,7 +107,7 @@ def test_spans_stay_with_their_region_and_in_their_order():
 
 
 def test_image_without_regions_is_kept():
-    normal = dataclasses.replace(CHEST, regions=(), absent=())
+    normal = dataclasses.replace(CHEST, regions=(), absent=(), expressions=())
     assert_equal(parse_example(encode_example(normal)), normal)
 
 
@@ -123,7 +137,7 @@ def test_feature_of_another_kind_is_named(name):
         parse_example(changed(change))
 
 
-@pytest.mark.parametrize("name", [name for name in FEATURES if name not in ("absent", "caption_spans")])
+@pytest.mark.parametrize("name", [name for name in FEATURES if name not in LISTS])
 def test_wrong_number_of_values_is_named(name):
     def change(features):
         values = getattr(features[name], features[name].WhichOneof("kind")).value
@@ -147,12 +161,30 @@ def test_text_that_is_not_allowed_is_named(name, value, complaint):
         parse_example(changed(lambda features: features[name].bytes_list.value.__setitem__(0, value)))
 
 
-@pytest.mark.parametrize("triples", [[0, 1], [2, 0, 1], [-1, 0, 1]])
-def test_spans_of_no_region_are_an_error(triples):
+def test_record_of_an_earlier_build_has_no_expressions():
     def change(features):
-        features["caption_spans"].int64_list.value[:] = triples
+        for name in [name for name in features if name.startswith("expression")]:
+            del features[name]
 
-    with pytest.raises(RecordsError, match="malformed record: 'caption_spans' are not"):
+    assert_equal(parse_example(changed(change)), dataclasses.replace(CHEST, expressions=()))
+
+
+@pytest.mark.parametrize("name", ["caption_spans", "expression_spans"])
+@pytest.mark.parametrize("triples", [[0, 1], [2, 0, 1], [-1, 0, 1]])
+def test_spans_of_nothing_are_an_error(name, triples):
+    def change(features):
+        features[name].int64_list.value[:] = triples
+
+    with pytest.raises(RecordsError, match=f"malformed record: '{name}' are not"):
+        parse_example(changed(change))
+
+
+@pytest.mark.parametrize("pairs", [[0], [2, 0], [0, 2], [0, -1]])
+def test_expression_of_no_region_is_an_error(pairs):
+    def change(features):
+        features["expression_regions"].int64_list.value[:] = pairs
+
+    with pytest.raises(RecordsError, match=r"malformed record: ('expression_regions' are not|the expression 'the nod)"):
         parse_example(changed(change))
 
 
@@ -163,6 +195,7 @@ def test_spans_of_no_region_are_an_error(triples):
         ({"regions": (dataclasses.replace(LUNG, granularity="huge"),)}, "chest: unknown granularity 'huge'"),
         ({"regions": (dataclasses.replace(LUNG, box=np.zeros((2, 2))),)}, r"chest: a box has shape \(2, 2\)"),
         ({"height": 6}, r"chest: a mask has size \[5, 7\], the image \[6, 7\]"),
+        ({"expressions": (Expression("it", (2,)),)}, "chest: the expression 'it' names region 2, and .* has 2 regions"),
         ({"caption": "a\ud83d"}, r"'chest': caption 'a\\ud83d' cannot be written as UTF-8"),
         ({"image_id": "caf\udce9.png"}, r"'caf\\udce9.png': image_id 'caf\\udce9.png' cannot be written"),
     ],

@@ -1,38 +1,61 @@
 import collections
+import re
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines.schema import GRANULARITIES, MODALITIES
-from data_pipelines.taxonomy import SIDES, Label, Taxonomy, load_taxonomy, normalize_name, parse_taxonomy
+from data_pipelines.taxonomy import SIDES, Label, Taxonomy, load_classes, load_taxonomy, normalize_name, parse_taxonomy
 from data_pipelines.text import swap_sides
 
 TAXONOMY = load_taxonomy()
 LABELS = TAXONOMY.labels
 SIDED = [label for label in LABELS.values() if label.side != "none"]
-ONE_SIDED = {"right_middle_lobe"}  # the left lung has none; a mirrored image shows one all the same
+# The left lung has no middle lobe, and appendages of the right atrium have no data set; mirrored images show them.
+ONE_SIDED = {"right_middle_lobe", "left_atrial_appendage"}
+LESION_KINDS = ("tumor", "cyst", "nodule", "hemorrhage", "edema", "effusion", "fracture")
+
+
+def _certain(label: Label) -> set[str]:
+    """Returns what parents and kinds say is true with a label."""
+    above = {up for up in (label.parent, *label.kind_of) if up}
+    return above.union(*(_certain(LABELS[up]) for up in above))
+
+
+CERTAIN = {label.id: _certain(label) for label in LABELS.values()}
 
 
 def test_ids_are_the_keys_and_fields_are_from_their_lists():
-    assert len(LABELS) > 150
+    assert len(LABELS) >= 198
     for id_, label in LABELS.items():
         assert label.id == id_
         assert label.granularity in GRANULARITIES and label.side in SIDES
-        assert label.region
         assert label.modalities and set(label.modalities) <= set(MODALITIES) - {"unknown"}
         assert len(set(label.modalities)) == len(label.modalities)
+
+
+def test_labels_are_in_38_classes_and_6_body_regions():
+    classes = load_classes()
+    assert len(classes) == 38 and len(set(classes.values())) == 6
+    assert {label.label_class for label in LABELS.values()} == classes.keys()
+    for label in LABELS.values():
+        assert label.body_region == classes[label.label_class]
 
 
 def test_no_name_is_of_two_labels():
     owners = collections.defaultdict(set)
     for label in LABELS.values():
-        for name in (label.id, label.name, *label.synonyms):
+        for name in (label.id, *label.names):
             owners[normalize_name(name)].add(label.id)
     assert [name for name, ids in owners.items() if len(ids) > 1] == []
 
 
 def test_names_are_phrases_as_prompts_take_them():
     for label in LABELS.values():
-        assert label.name == label.name.lower()
+        spelled = re.sub(r"\b[CTLS]\d+\b|Barrett", lambda found: found.group().lower(), label.name)
+        assert spelled == spelled.lower()
         for name in (label.name, *label.synonyms):
             assert name == " ".join(name.split()) and "_" not in name and ". " not in name and not name.endswith(".")
 
@@ -50,6 +73,136 @@ def test_nothing_larger_hangs_below_a_lesion_or_a_cell():
             assert {LABELS[parent].granularity for parent in TAXONOMY.parents(label.id)}.isdisjoint({"lesion", "cell"})
 
 
+@pytest.mark.parametrize(
+    ("label", "true", "not_said"),
+    [
+        ("liver_tumor", {"liver", "abdomen", "tumor", "mass", "lesion"}, {"cyst", "kidney_tumor"}),
+        ("left_upper_lobe", {"left_lung", "lung", "chest"}, {"right_lung", "left_lower_lobe"}),
+        ("left_kidney_cyst", {"kidney_cyst", "cyst", "left_kidney", "kidney"}, {"right_kidney_cyst", "tumor"}),
+        ("lung_nodule", {"nodule", "lung_opacity", "lung"}, {"lung_mass", "thyroid_nodule"}),
+        ("vertebra_l1", {"lumbar_vertebra", "vertebra", "spine"}, {"vertebra_l2", "thoracic_vertebra"}),
+        ("enhancing_tumor", {"tumor_core", "brain_tumor", "tumor", "brain"}, {"peritumoral_edema"}),
+        ("red_blood_cell", {"cell"}, {"white_blood_cell"}),
+        ("covid_19_infection", {"pneumonia", "lung_opacity", "consolidation"}, {"atelectasis"}),
+        ("lung_tumor", {"lung_nodule", "lung_mass", "nodule", "tumor", "lung"}, {"lung_cyst"}),
+        ("portal_vein_and_splenic_vein", {"portal_vein", "splenic_vein", "blood_vessel"}, {"aorta"}),
+    ],
+)
+def test_ancestors_are_all_that_is_true_of_an_image(label, true, not_said):
+    found = set(TAXONOMY.ancestors(label))
+    assert true <= found and not (not_said | {label}) & found
+
+
+def test_ancestors_are_those_of_parents_and_kinds_then_what_may_be_true():
+    for label in LABELS.values():
+        found = TAXONOMY.ancestors(label.id)
+        certain = CERTAIN[label.id]
+        possible = set(label.may_be).union(*(CERTAIN[up] for up in label.may_be))
+        assert set(found[: len(certain)]) == certain
+        assert set(found) == (certain | possible) - {label.id} and len(set(found)) == len(found)
+
+
+def test_label_may_be_another_that_it_is_a_part_or_kind_of():
+    taxonomy = parse_taxonomy("a: {granularity: organ, may_be: [b]}\nb: {granularity: organ, parent: a, kind_of: [a]}")
+    assert (taxonomy.ancestors("a"), taxonomy.ancestors("b")) == (("b",), ("a",))
+
+
+def test_image_of_a_box_of_a_kind_has_the_modality_of_the_more_general_label():
+    for label in LABELS.values():
+        for kind in label.kind_of:
+            assert set(label.modalities) & set(LABELS[kind].modalities), (label.id, kind)
+
+
+def test_lesion_with_a_general_name_in_its_own_is_of_that_kind():
+    for label in LABELS.values():
+        for kind in LESION_KINDS:
+            if label.granularity == "lesion" and label.name.split()[-1] == kind:
+                assert kind in (label.id, *TAXONOMY.ancestors(label.id)), label.id
+
+
+def test_labels_of_the_same_body_region_are_without_the_label_itself():
+    found = TAXONOMY.same_region("lung_nodule")
+    assert {"heart", "left_rib_4", "breast_tumor"} <= set(found) and not {"lung_nodule", "liver", "brain"} & set(found)
+    with pytest.raises(KeyError):
+        TAXONOMY.same_region("unicorn")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("pneumothoraxx", "pneumothorax"), ("Kidney_lft", "left_kidney"), ("livr", "liver")]
+)
+def test_nearest_labels_of_a_misspelled_name(name, nearest):
+    assert TAXONOMY.nearest(name)[0] == nearest
+    assert len(TAXONOMY.nearest(name, 2)) <= 2 and len(set(TAXONOMY.nearest(name, 9))) == len(TAXONOMY.nearest(name, 9))
+
+
+def test_nothing_is_near_nonsense():
+    assert TAXONOMY.nearest("qqqqqq") == []
+
+
+@pytest.mark.parametrize(
+    ("label", "phrases"),
+    [
+        ("left_upper_lobe", {"left upper lobe", "left upper lung lobe", "left upper lobe of the lung"}),
+        ("left_kidney", {"left kidney", "kidney on the left"}),
+        ("liver_tumor", {"liver tumor", "hepatic tumor", "tumor in the liver"}),
+        ("left_rib_4", {"left rib 4", "fourth left rib", "rib 4 on the left"}),
+        ("vertebra_l1", {"vertebra L1", "L1 vertebra"}),
+        ("left_eye", {"left eye"}),
+        ("left_thalamus", {"left thalamus"}),
+        ("rib_fracture", {"rib fracture", "fractured rib", "fracture of the rib"}),
+    ],
+)
+def test_variants_say_what_the_name_says(label, phrases):
+    assert set(TAXONOMY.variants(label)) == phrases
+
+
+def test_variants_lead_back_to_their_label_and_class_names_are_none():
+    for id_, label in LABELS.items():
+        variants = TAXONOMY.variants(id_)
+        assert variants[0] == label.name and len(set(variants)) == len(variants)
+        assert all(TAXONOMY.find(variant) is label for variant in variants)
+        assert not set(variants) & set(label.class_names)
+
+
+def test_mirrored_variants_are_those_of_the_mirror_image():
+    for label in SIDED:
+        if label.id not in ONE_SIDED:
+            mirrored = tuple(swap_sides(variant) for variant in TAXONOMY.variants(label.id))
+            assert mirrored == TAXONOMY.variants(swap_sides(label.id))
+
+
+@given(st.sampled_from(sorted(LABELS)), st.integers(0, 2**32))
+def test_sampled_variant_depends_on_the_seed_only(label, seed):
+    first, second = (TAXONOMY.sample_variant(label, np.random.default_rng(seed)) for _ in range(2))
+    assert first == second and first in TAXONOMY.variants(label)
+
+
+def test_every_variant_is_drawn():
+    rng = np.random.default_rng(0)
+    drawn = {TAXONOMY.sample_variant("liver_tumor", rng) for _ in range(60)}
+    assert drawn == set(TAXONOMY.variants("liver_tumor"))
+
+
+def test_generated_phrase_that_is_the_name_of_another_label_is_left_out():
+    text = """
+lung: {granularity: organ}
+tumor: {granularity: lesion}
+lung_tumor: {granularity: lesion, parent: lung, kind_of: [tumor]}
+spot: {granularity: lesion, synonyms: [tumor in the lung]}
+"""
+    taxonomy = parse_taxonomy(text)
+    assert taxonomy.variants("lung_tumor") == ("lung tumor",)
+    assert taxonomy.find("tumor in the lung") is taxonomy.labels["spot"]
+
+
+def test_side_in_an_entry_stands_for_both_sides():
+    labels = parse_taxonomy("SIDE_eye: {granularity: organ, name: SIDE eyeball, class_names: [eye SIDE]}").labels
+    assert labels == {
+        f"{side}_eye": Label(f"{side}_eye", f"{side} eyeball", "organ", side=side, class_names=(f"eye {side}",))
+        for side in ("left", "right")
+    }
+
+
 def test_parent_of_a_sided_label_is_of_the_same_side_or_of_none():
     for label in SIDED:
         assert all(LABELS[parent].side in (label.side, "none") for parent in TAXONOMY.parents(label.id))
@@ -61,7 +214,7 @@ def test_modalities_cover_all_that_images_can_have():
 
 def test_side_is_what_the_name_says():
     for label in LABELS.values():
-        sides = {word for name in (label.id, label.name, *label.synonyms) for word in normalize_name(name).split()}
+        sides = {word for name in (label.id, *label.names) for word in normalize_name(name).split()}
         assert sides & {"left", "right"} == {label.side} - {"none"}
 
 
@@ -77,11 +230,11 @@ def test_every_sided_label_has_its_mirror_image(label):
     assert mirrored.synonyms == tuple(swap_sides(name) for name in label.synonyms)
     assert mirrored.parent == swap_sides(label.parent)
     assert mirrored.side == swap_sides(label.side)
-    assert (mirrored.granularity, mirrored.modalities, mirrored.region) == (
-        label.granularity,
-        label.modalities,
-        label.region,
-    )
+    assert mirrored.class_names == tuple(swap_sides(name) for name in label.class_names)
+    for field in ("kind_of", "may_be"):
+        assert getattr(mirrored, field) == tuple(swap_sides(other) for other in getattr(label, field))
+    for field in ("granularity", "modalities", "label_class"):
+        assert getattr(mirrored, field) == getattr(label, field)
 
 
 def test_label_without_a_side_is_its_own_mirror_image():
@@ -97,7 +250,7 @@ def test_label_is_found_by_any_of_its_names_however_they_are_joined(name):
 
 def test_every_label_is_found_by_every_name():
     for label in LABELS.values():
-        for name in (label.id, label.name, *label.synonyms):
+        for name in (label.id, *label.names):
             assert TAXONOMY.find(name) is TAXONOMY.find(name.upper().replace(" ", "_")) is label
 
 
@@ -106,8 +259,9 @@ def test_unknown_name_is_found_nowhere(name):
     assert TAXONOMY.find(name) is None
 
 
-def test_phrases_are_all_names_and_synonyms_once():
-    taxonomy = parse_taxonomy("b: {granularity: organ, synonyms: [B two, b]}\na: {granularity: cell, name: an a}")
+def test_phrases_are_all_names_and_synonyms_once_but_no_class_names():
+    text = "b: {granularity: organ, synonyms: [B two, b], class_names: [bb]}\na: {granularity: cell, name: an a}"
+    taxonomy = parse_taxonomy(text)
     assert taxonomy.phrases() == ["b", "B two", "an a"]
     assert len(set(TAXONOMY.phrases())) == len(TAXONOMY.phrases())
 
@@ -129,14 +283,14 @@ def test_own_file_is_read_once():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "a mapping of label ids to their fields, not NoneType"),
-        ("[lung]", "a mapping of label ids to their fields, not list"),
+        ("", "a taxonomy is a mapping of names to their entries, not NoneType"),
+        ("[lung]", "a taxonomy is a mapping of names to their entries, not list"),
         ("lung: {granularity: organ", "must be valid YAML"),
         ("lung: organ", "label 'lung': expected fields .*, found 'organ'"),
         ("lung: {}", "label 'lung': has no granularity"),
         ("lung: {granularity: organ}\nlung: {granularity: organ}", "'lung' occurs twice, first in line 1"),
         ("a: {granularity: organ}\nlung: {name: x, granularity: organ, name: y}", "'name' occurs twice, .* line 2"),
-        ("lung: {granularity: organ, colour: red, 1: 2}", "label 'lung': unknown field 'colour'; known: granularity,"),
+        ("lung: {granularity: organ, colour: red, 1: 2}", "label 'lung': unknown field 'colour'; known: body_region,"),
         ("lung: {granularity: organ, id: x}", "label 'lung': unknown field 'id'"),
         ("lung: {granularity: big}", "label 'lung': granularity 'big' is none of region, organ"),
         ("lung: {granularity: organ, side: up}", "label 'lung': side 'up' is none of left, right, none"),
@@ -161,6 +315,13 @@ def test_own_file_is_read_once():
             "\n".join(f"{child}: {{granularity: organ, parent: {parent}}}" for child, parent in ("ab", "bc", "cb")),
             "label 'a': its parents form a circle: a -> b -> c -> b",
         ),
+        ("lung: {granularity: organ, kind_of: [thing]}", "label 'lung': kind_of names the unknown label 'thing'"),
+        ("lung: {granularity: organ, may_be: [thing]}", "label 'lung': may_be names the unknown label 'thing'"),
+        (
+            "a: {granularity: organ, kind_of: [b]}\nb: {granularity: organ, parent: a}",
+            "label 'a': its parents and kinds form a circle",
+        ),
+        ("SIDE_lung: {granularity: organ}\nleft_lung: {granularity: organ}", "label 'left_lung' occurs twice"),
         (
             "lung: {granularity: organ}\npulmo: {granularity: organ, synonyms: [LUNG]}",
             "label 'pulmo': the name 'lung' already belongs to 'lung'",

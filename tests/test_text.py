@@ -1,5 +1,3 @@
-import collections
-import dataclasses
 import itertools
 import pickle
 
@@ -8,17 +6,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.taxonomy import load_taxonomy
 from data_pipelines.text import (
     Prompt,
     PromptTooLong,
-    Vocabulary,
     build_caption_prompt,
     build_prompt,
     build_prompts,
     load_tokenizer,
-    sample_prompt,
+    make_prefix,
+    order_by_body_region,
     swap_sides,
     swap_sides_with_spans,
 )
@@ -193,250 +190,49 @@ def test_phrase_too_long_for_any_prompt_is_an_error_that_names_it():
         build_prompts(["nodule", "left upper lobe of the lung", "heart"], TOKENIZER, 7)
 
 
+@given(st.lists(phrases, min_size=1, max_size=8), st.integers(24, 60))
+def test_prefix_begins_every_chunk_and_belongs_to_no_phrase(names, max_tokens):
+    prefix = "chest x-ray: "
+    leading = TOKENIZER.encode(prefix).ids[:-1]
+    chunks = build_prompts(names, TOKENIZER, max_tokens, prefix)
+    assert [index for _, indices in chunks for index in indices] == list(range(len(names)))
+    for prompt, indices in chunks:
+        assert prompt.text.startswith(prefix)
+        assert prompt.input_ids[: len(leading)].tolist() == leading
+        assert not prompt.positive_map[:, : len(leading)].any()
+        assert [tokens_of(prompt, row) for row in range(len(indices))] == [tokenize(names[i]) for i in indices]
+
+
+def test_prefix_moves_the_spans_of_a_sentence():
+    prompt = build_caption_prompt(SENTENCE, [spans_of("left lung")], TOKENIZER, 32, "CT: ")
+    assert (prompt.text, prompt.phrases) == (f"CT: {SENTENCE}", ("left lung",))
+    assert tokens_of(prompt, 0) == tokenize("left lung")
+
+
+@pytest.mark.parametrize(
+    ("modality", "regions", "prefix"),
+    [
+        ("xray", ("chest", "chest", "abdomen"), "chest x-ray: "),
+        ("ct", ("abdomen",), "abdominal CT: "),
+        ("mri", ("chest", "abdomen"), "MRI: "),  # neither is most of it
+        ("ct", ("tissue",), "CT: "),
+        ("fundus", ("head_neck",), "fundus photograph: "),  # says as much itself
+        ("xray", (), "x-ray: "),
+        ("unknown", ("chest",), ""),
+    ],
+)
+def test_prefix_says_modality_and_what_most_of_the_image_shows(modality, regions, prefix):
+    assert make_prefix(modality, regions) == prefix
+
+
+def test_phrases_of_one_body_region_come_together():
+    names = ["liver", "odd", "heart", "spleen", "left lung", "odder"]
+    assert [names[i] for i in order_by_body_region(names)] == ["liver", "spleen", "heart", "left lung", "odd", "odder"]
+
+
 def test_no_phrases_to_look_for_is_an_error():
     with pytest.raises(ValueError, match="there are no phrases to look for"):
         build_prompts([], TOKENIZER, 32)
-
-
-def shows(*labels: str, absent: tuple[str, ...] = (), **fields) -> GroundingExample:
-    """Returns an image with a region for each label of the taxonomy."""
-    regions = []
-    for label in labels:
-        entry = TAXONOMY.labels[label]
-        regions.append(Region(np.zeros(4, np.float32), entry.name, label, entry.granularity, entry.parent))
-    return GroundingExample(b"", "i", "d", 8, 8, regions=tuple(regions), absent=absent, **fields)
-
-
-def region(phrase: str, label: str, **fields) -> Region:
-    return Region(np.zeros(4, np.float32), phrase, label, **fields)
-
-
-NAMES = {name: label.id for label in TAXONOMY.labels.values() for name in (label.name, *label.synonyms)}
-EVERYTHING = Vocabulary(NAMES)
-CHEST = Vocabulary({phrase: NAMES[phrase] for phrase in ("heart", "nodule", "fracture", "trachea")})
-
-
-@given(st.sets(st.sampled_from(sorted(TAXONOMY.labels)), max_size=4), st.integers(0, 9))
-def test_negatives_are_all_but_what_the_image_shows_its_synonyms_and_what_holds_it(labels, seed):
-    negatives = EVERYTHING.sample_negatives(shows(*labels), np.random.default_rng(seed), 10**6)
-    true = labels.union(*(TAXONOMY.parents(label) for label in labels))
-    assert sorted(negatives) == sorted(name for name, label in NAMES.items() if label not in true)
-
-
-def test_what_the_image_shows_is_known_by_phrase_label_and_parent():
-    def drawn(*regions):
-        example = dataclasses.replace(shows(), regions=regions)
-        return {NAMES[name] for name in EVERYTHING.sample_negatives(example, np.random.default_rng(0), 10**6)}
-
-    everything = set(TAXONOMY.labels)
-    assert drawn() == everything
-    assert drawn(region("Lung_Cancer", "class 3")) == everything - {"lung_tumor", "lung", "chest"}
-    assert drawn(region("a spot", "RBC")) == everything - {"red_blood_cell"}
-    assert drawn(region("a spot", "spot", parent="left_lung")) == everything - {"left_lung", "lung", "chest"}
-    assert drawn(region("heart", "heart", iscrowd=True)) == everything - {"heart", "mediastinum", "chest"}
-
-
-def test_phrase_of_a_label_that_is_shown_is_no_negative_outside_the_taxonomy_either():
-    vocabulary = Vocabulary({"Spot": "odd", "blot": "odd", "streak-like": "even", "streak like": "even"})
-    example = dataclasses.replace(shows(), regions=(region("spot", "odd"),))
-    (negative,) = vocabulary.sample_negatives(example, np.random.default_rng(0), 9)
-    assert negative in ("streak-like", "streak like")
-    synonym = Vocabulary({"Lung Cancer": "class 3"})
-    assert synonym.sample_negatives(shows("lung_tumor"), np.random.default_rng(0), 9) == []
-
-
-def test_absent_labels_are_the_first_negatives():
-    example = shows("left_lung", absent=("pneumothorax", "lung_nodule", "odd_shadow", "pneumothorax"))
-    first = collections.Counter()
-    for seed in range(60):
-        negatives = EVERYTHING.sample_negatives(example, np.random.default_rng(seed), 5)
-        assert len(set(negatives)) == 5
-        assert sorted(negatives[:3]) == ["nodule", "odd shadow", "pneumothorax"]
-        first[negatives[0]] += 1
-    assert len(first) == 3
-
-
-def test_absent_label_goes_by_the_phrase_of_the_data_set():
-    vocabulary = Vocabulary({"lung lesion": "lung_nodule", "spot": "lung_nodule"})
-    example = shows(absent=("lung_nodule",))
-    assert vocabulary.sample_negatives(example, np.random.default_rng(0), 1) == ["lung lesion"]
-    assert Vocabulary({}).phrase_of("left_autochthon") == "left back muscle"  # else by that of the taxonomy
-
-
-def test_label_both_shown_and_absent_is_no_negative():
-    example = shows("left_lung", "lung_tumor", absent=("lung", "lung_tumor", "Lung Cancer", "odd"))
-    example = dataclasses.replace(example, regions=(*example.regions, region("spot", "odd")))
-    assert Vocabulary({}).sample_negatives(example, np.random.default_rng(0), 9) == []
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_no_more_negatives_than_asked_for(count):
-    example = shows(absent=("pneumothorax", "polyp"))
-    assert len(CHEST.sample_negatives(example, np.random.default_rng(0), count)) == count
-
-
-def test_every_phrase_of_the_vocabulary_comes_up():
-    drawn = (CHEST.sample_negatives(shows("heart"), np.random.default_rng(seed), 1) for seed in range(300))
-    found = collections.Counter(name for names in drawn for name in names)
-    assert found.keys() == {"nodule", "fracture", "trachea"}
-    assert min(found.values()) > 60
-
-
-def test_vocabulary_comes_from_the_metadata_of_records():
-    metadata = {"spot": {"label": "lung_nodule", "granularity": "lesion", "count": 3, "modalities": {"ct": 3}}}
-    vocabulary = Vocabulary.from_metadata(metadata)
-    assert (vocabulary.phrases, vocabulary.phrase_of("lung_nodule")) == (("spot",), "spot")
-
-
-def sample(example: GroundingExample, seed: int = 0, **changes) -> tuple[Prompt, tuple[Region, ...]]:
-    options = {
-        "tokenizer": TOKENIZER,
-        "max_tokens": 64,
-        "max_negatives": 4,
-        "full_negatives_probability": 0.5,
-        "caption_probability": 0.0,
-        "vocabulary": EVERYTHING,
-    }
-    return sample_prompt(example, np.random.default_rng(seed), **{**options, **changes})
-
-
-def names_in(prompt: Prompt) -> list[str]:
-    return prompt.text.split(". ") if prompt.text else []
-
-
-def test_regions_get_the_tokens_of_their_phrase_among_negatives():
-    example = shows("left_lung", "lung_nodule", "left_lung")
-    for seed in range(20):
-        prompt, regions = sample(example, seed)
-        assert regions == example.regions
-        assert prompt.phrases == ("left lung", "nodule", "left lung")
-        assert [tokens_of(prompt, row) for row in range(3)] == [tokenize(name) for name in prompt.phrases]
-        assert prompt.positive_map[0].tolist() == prompt.positive_map[2].tolist()
-        assert names_in(prompt).count("left lung") == names_in(prompt).count("nodule") == 1
-        assert 3 <= len(names_in(prompt)) <= 6
-
-
-def test_spellings_of_one_name_are_one_phrase():
-    example = shows()
-    found = (region("A nodule", "x"), region("a Nodule", "y"), region("a_nodule ", "z"))
-    prompt, _ = sample(dataclasses.replace(example, regions=found), max_negatives=0)
-    assert prompt.text == "A nodule"
-    assert [tokens_of(prompt, row) for row in range(3)] == [tokenize("a nodule")] * 3
-
-
-def test_crowd_regions_are_neither_targets_nor_negatives():
-    example = shows("left_lung")
-    example = dataclasses.replace(example, regions=(*example.regions, region("nodule", "lung_nodule", iscrowd=True)))
-    prompt, regions = sample(example, max_negatives=10**6, full_negatives_probability=1.0, max_tokens=4096)
-    assert regions == example.regions[:1]
-    assert prompt.phrases == ("left lung",)
-    assert prompt.positive_map.shape[0] == 1
-    assert not {"nodule", "lung nodule"} & set(names_in(prompt))
-
-
-def test_image_without_regions_is_asked_for_negatives_only():
-    prompt, regions = sample(shows(absent=("fracture",)), max_negatives=1)
-    assert (regions, prompt.phrases, prompt.text) == ((), (), "fracture")
-    assert prompt.positive_map.shape == (0, 64)
-    assert sample(shows(), max_negatives=0)[0].text == ""
-
-
-def test_number_of_negatives_is_the_most_or_anything_from_one_to_it():
-    example = shows("left_lung")
-
-    def counts(probability: float) -> list[int]:
-        drawn = (sample(example, seed, full_negatives_probability=probability)[0] for seed in range(800))
-        found = collections.Counter(len(names_in(prompt)) - 1 for prompt in drawn)
-        assert found.keys() <= {1, 2, 3, 4}
-        return [found[number] for number in (1, 2, 3, 4)]
-
-    assert counts(1.0) == [0, 0, 0, 800]
-    np.testing.assert_allclose(counts(0.0), [200] * 4, atol=50)  # four standard deviations
-    np.testing.assert_allclose(counts(0.5), [100, 100, 100, 500], atol=57)
-    assert len(names_in(sample(example, max_negatives=0)[0])) == 1
-
-
-@given(
-    st.lists(st.sampled_from(sorted(TAXONOMY.labels)), min_size=1, max_size=5, unique=True),
-    st.integers(0, 30),
-    st.integers(0, 9),
-)
-def test_negatives_fill_the_free_tokens_and_no_positive_is_ever_dropped(labels, free, seed):
-    example = shows(*labels)
-    names = [found.phrase for found in example.regions]
-    needed = num_tokens(build_prompt(names, TOKENIZER, 256))
-    prompt, regions = sample(
-        example, seed, max_tokens=needed + free, max_negatives=10**6, full_negatives_probability=1.0
-    )
-    assert regions == example.regions
-    assert set(names) <= set(names_in(prompt))
-    assert [tokens_of(prompt, row) for row in range(len(names))] == [tokenize(name) for name in names]
-    assert num_tokens(prompt) >= needed + free - 1  # a word with its separator takes two
-    assert num_tokens(prompt) == needed or free >= 2
-
-
-def test_long_negative_that_does_not_fit_leaves_room_for_a_short_one():
-    vocabulary = Vocabulary({"a very long name of a finding": "a", "cyst": "b"})
-    for seed in range(8):
-        prompt, _ = sample(shows("heart"), seed, max_tokens=5, full_negatives_probability=1.0, vocabulary=vocabulary)
-        assert sorted(names_in(prompt)) == ["cyst", "heart"]
-
-
-def test_phrases_of_the_image_that_alone_do_not_fit_are_an_error():
-    with pytest.raises(PromptTooLong, match="7 tokens and 6 are allowed"):
-        sample(shows("left_lung", "right_lung"), max_tokens=6)
-
-
-def test_order_of_phrases_is_random():
-    example = shows("heart", "lung_nodule")
-    options = {"max_negatives": 1, "vocabulary": Vocabulary({"cyst": "cyst"})}
-    orders = collections.Counter(sample(example, seed, **options)[0].text for seed in range(600))
-    assert len(orders) == 6
-    assert min(orders.values()) > 60
-
-
-def test_same_seed_gives_the_same_prompt():
-    example = shows("left_lung", "lung_nodule", absent=("fracture",))
-    first, again, other = (sample(example, seed)[0] for seed in (3, 3, 4))
-    assert first.text == again.text != other.text
-    np.testing.assert_array_equal(first.input_ids, again.input_ids)
-    np.testing.assert_array_equal(first.positive_map, again.positive_map)
-
-
-def captioned(**fields) -> GroundingExample:
-    example = shows("left_lung", "lung_nodule", caption=SENTENCE, **fields)
-    spans = [spans_of("left lung"), spans_of("nodule")]
-    return dataclasses.replace(
-        example,
-        regions=tuple(dataclasses.replace(r, spans=tuple(s)) for r, s in zip(example.regions, spans, strict=True)),
-    )
-
-
-def test_own_sentence_is_the_prompt_as_often_as_asked_for():
-    example = captioned()
-    for probability, expected in ((0.0, 0), (0.5, 200), (1.0, 400)):
-        prompts = [sample(example, seed, caption_probability=probability)[0] for seed in range(400)]
-        found = [prompt for prompt in prompts if prompt.text == SENTENCE]
-        assert abs(len(found) - expected) <= (40 if probability == 0.5 else 0)
-        assert all(prompt.phrases == ("left lung", "nodule") for prompt in prompts)
-        assert all(tokens_of(prompt, 0) == tokenize("left lung") for prompt in prompts)
-
-
-def test_sentence_that_does_not_say_where_or_does_not_fit_gives_way_to_phrases():
-    example = captioned()
-    silent = dataclasses.replace(example, regions=(example.regions[0], region("nodule", "lung_nodule")))
-    for text, options in ((silent, {}), (example, {"max_tokens": 7}), (shows(caption=SENTENCE), {})):
-        prompt, _ = sample(text, caption_probability=1.0, **options)
-        assert prompt.text and prompt.text != SENTENCE
-        assert prompt.text == sample(text, caption_probability=0.0, **options)[0].text
-    assert sample(silent)[0].text == sample(example)[0].text
-
-
-def test_crowd_region_without_words_does_not_keep_a_sentence_away():
-    example = captioned()
-    crowd = dataclasses.replace(example, regions=(*example.regions, region("rib", "rib", iscrowd=True)))
-    prompt, regions = sample(crowd, caption_probability=1.0)
-    assert (prompt.text, regions) == (SENTENCE, example.regions)
 
 
 @pytest.mark.parametrize(

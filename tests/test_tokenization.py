@@ -269,6 +269,24 @@ def test_count_is_the_number_of_tokens_without_special_ones(bpe):
         assert bpe.count(phrase) == len(bpe.encode(phrase).ids)
 
 
+@given(
+    st.text(st.sampled_from(" \t\x1f\u2003\u0301.-aZßΣ中é7") | st.characters(exclude_categories=["Cs"]), max_size=12)
+)
+def test_text_is_encoded_as_by_the_tokenizers_library(text):
+    for each in (text, f"[SEP] {text}[MASK] lung"):
+        whole = TOKENIZER._tokenizer.encode(each)
+        encoding = TOKENIZER.encode(each)
+        assert (encoding.ids, encoding.offsets) == (whole.ids, whole.offsets)
+
+
+def test_remembered_words_do_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(tokenization, "_REMEMBERED", 3)
+    tokenizer = load_tokenizer.__wrapped__("")
+    tokenizer.encode(REPORT)
+    assert 0 < len(tokenizer._words) <= 3
+    assert pickle.loads(pickle.dumps(tokenizer))._words == {}
+
+
 def test_remembered_counts_do_not_grow_without_end(monkeypatch):
     monkeypatch.setattr(tokenization, "_REMEMBERED", 3)
     tokenizer = load_tokenizer.__wrapped__("")

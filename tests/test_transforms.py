@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
 from data_pipelines.images import store_image
-from data_pipelines.schema import GroundingExample, Region
+from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.transforms import (
     decode_image,
     flip_annotations,
@@ -285,6 +285,10 @@ def chest() -> GroundingExample:
             Region(boxes[2], "heart", "heart", "organ", iscrowd=True),
         ),
         absent=("left_pneumothorax", "fracture"),
+        expressions=(
+            Expression("a box on the right of the image, a left effusion", (1,), ((35, 48),), "position"),
+            Expression("no left pneumothorax", kind="negation"),
+        ),
     )
 
 
@@ -302,6 +306,11 @@ def test_mirrored_chest_swaps_left_and_right_everywhere(chest):
     assert (heart.phrase, heart.label, heart.iscrowd) == ("heart", "heart", True)
     assert mirrored.absent == ("right_pneumothorax", "fracture")
     assert mirrored.caption == "The left lung is clear; Right pleural effusion."
+    box, negation = mirrored.expressions
+    assert box.text == "a box on the left of the image, a right effusion"
+    assert [box.text[start:end] for start, end in box.spans] == ["right effusion"]
+    assert (box.regions, box.kind) == ((1,), "position")
+    assert (negation.text, negation.regions, negation.spans) == ("no right pneumothorax", (), ())
     assert words(chest) == [("right lung",), ("Left pleural effusion",), ()]
     assert words(mirrored) == [("left lung",), ("Right pleural effusion",), ()]
 
@@ -320,7 +329,7 @@ def test_mirrored_annotations_fit_the_mirrored_pixels(chest):
 
 def test_mirroring_twice_gives_the_same_annotations(chest):
     twice = flip_annotations(flip_annotations(chest))
-    assert (twice.caption, twice.absent) == (chest.caption, chest.absent)
+    assert (twice.caption, twice.absent, twice.expressions) == (chest.caption, chest.absent, chest.expressions)
     for region, original in zip(twice.regions, chest.regions, strict=True):
         np.testing.assert_array_equal(region.box, original.box)
         assert (region.phrase, region.label, region.parent) == (original.phrase, original.label, original.parent)

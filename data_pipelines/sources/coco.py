@@ -1,7 +1,6 @@
 """COCO: one JSON file of images, annotations and categories; also captions with spans, as MDETR's data have them."""
 
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, clean_name, hash_patient, make_region, name_region
 from data_pipelines.images import store_image
 from data_pipelines.schema import GroundingExample, Region
@@ -22,12 +22,11 @@ def _list_json(folder: pathlib.Path) -> list[pathlib.Path]:
     if folder.is_file():
         return [folder] if folder.suffix == ".json" else []
     paths = sorted(folder.glob("*.json")) + sorted(folder.glob("annotations/*.json"))
-    return [path for path in paths if _looks_like_coco(path)]
+    return [path for path in paths if not limits.is_hidden(path.name) and _looks_like_coco(path)]
 
 
 def _looks_like_coco(path: pathlib.Path) -> bool:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        head = file.read(_HEAD)
+    head = limits.read_head(path, _HEAD)
     if not head.lstrip().startswith("{"):
         return False
     # A long list may come before the images; a file read to its end without them is something else, such as the
@@ -55,34 +54,34 @@ class COCO(Sequence[GroundingExample]):
                 f"{folder}: expected one COCO .json file in it or in its annotations/ folder, found {found}"
             )
         self._path = paths[0]
+        parent = self._path.parent
+        self._root = parent.parent if parent.name == "annotations" else parent
+        limits.check_inside(self._root, self._path)
+        content = limits.read_json(self._path, "annotation_bytes")
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8"))
             self._images: list[dict[str, Any]] = content["images"]
             self._names = {int(c["id"]): str(c["name"]) for c in content.get("categories", [])}
             self._annotations: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
             for annotation in content["annotations"]:
                 self._annotations[annotation["image_id"]].append(annotation)
-            stems = [os.path.splitext(image["file_name"])[0] for image in self._images]
-            self._sizes = [(int(i.get("height") or 0), int(i.get("width") or 0)) for i in self._images]
+            stems = [os.path.splitext(str(image.get("file_name") or ""))[0] for image in self._images]
             ids = [image["id"] for image in self._images]
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SourceError(f"{self._path}: no valid JSON ({error})") from None
-        except (KeyError, TypeError, ValueError) as error:
+            known = set(ids)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise SourceError(
                 f"{self._path}: not COCO: lists 'images' (id, file_name), 'annotations' (image_id) and "
                 f"'categories' (id, name) are expected; the problem is {error!r}"
             ) from None
         if not ids:
             raise SourceError(f"{self._path}: names no images")
-        if len(set(ids)) != len(ids):
+        if len(known) != len(ids):
             raise SourceError(f"{self._path}: several images have the same id")
-        if strangers := set(self._annotations) - set(ids):
+        if strangers := set(self._annotations) - known:
             raise SourceError(
                 f"{self._path}: annotations of image id {min(strangers, key=str)}, which is not in 'images'"
             )
         self._stems, self._uses = stems, collections.Counter(stems)
-        root = self._path.parent.parent if self._path.parent.name == "annotations" else self._path.parent
-        self._folders = list(_image_folders(root))
+        self._folders = list(_image_folders(self._root))
         self.unused: list[str] = []
 
     @staticmethod
@@ -95,11 +94,13 @@ class COCO(Sequence[GroundingExample]):
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
         entry, stem = self._images[index], self._stems[index]
         where = f"{self._path}, image id {entry['id']}"
-        size = self._sizes[index]
-        image = store_image(self._find_image(entry["file_name"], where), size if all(size) else None)
+        size = _read_size(entry, where)
+        image = store_image(self._find_image(entry.get("file_name"), where), size if all(size) else None, self._root)
         shared = self._uses[stem] > 1
         group = str(entry.get("patient_id") or (stem if shared else ""))
         caption = entry.get("caption") or ""
+        if not isinstance(caption, str):
+            raise SourceError(f"{where}: its caption is no text: {str(caption)[:80]}")
         return GroundingExample(
             image=image.encoded,
             image_id=f"{stem}-{entry['id']}" if shared else stem,
@@ -116,17 +117,26 @@ class COCO(Sequence[GroundingExample]):
             absent=tuple(name_region(self._category(c, where))["label"] for c in entry.get("neg_category_ids", ())),
         )
 
-    def _find_image(self, file_name: str, where: str) -> pathlib.Path:
+    def _find_image(self, file_name: Any, where: str) -> pathlib.Path:
+        if not isinstance(file_name, str) or not file_name:
+            raise SourceError(f"{where}: its 'file_name' is {file_name!r}, expected a path in {self._root}")
         for position, folder in enumerate(self._folders):
-            if (path := folder / file_name).is_file():
+            if (path := self._resolve(file_name, folder, where)).is_file():
                 self._folders.insert(0, self._folders.pop(position))  # the next one is most likely there too
                 return path
         raise SourceError(f"{where}: there is no {file_name} in {', '.join(map(str, self._folders))}")
 
+    def _resolve(self, file_name: str, folder: pathlib.Path, where: str) -> pathlib.Path:
+        try:
+            return limits.resolve_inside(self._root, file_name, folder)
+        except SourceError as error:
+            raise SourceError(f"{where}: {error}") from None
+
     def _category(self, category_id: Any, where: str) -> str:
-        if not clean_name(self._names.get(category_id, "")):
-            raise SourceError(f"{where}: 'categories' has no id {category_id} with a name")
-        return self._names[category_id]
+        name = self._names.get(category_id, "") if isinstance(category_id, int | float) else ""
+        if not clean_name(name):
+            raise SourceError(f"{where}: 'categories' has no id {category_id!r} with a name")
+        return name
 
     def _read_region(self, annotation: dict[str, Any], caption: str, size: tuple[int, int]) -> Region:
         where = f"{self._path}, annotation id {annotation.get('id')}"
@@ -150,11 +160,23 @@ class COCO(Sequence[GroundingExample]):
             ) from None
 
 
+def _read_size(entry: dict[str, Any], where: str) -> tuple[int, int]:
+    """Height and width that an image's entry gives, zeros where it does not."""
+    sides = [entry.get(name) or 0 for name in ("height", "width")]
+    try:
+        height, width = (int(float(side)) for side in sides)
+    except (TypeError, ValueError, OverflowError):
+        height = width = -1
+    if min(height, width) < 0:
+        raise SourceError(f"{where}: its 'height' and 'width' are {sides[0]!r} and {sides[1]!r}, expected pixels")
+    return height, width
+
+
 def _image_folders(root: pathlib.Path) -> Iterator[pathlib.Path]:
     yield root
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")):
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and not limits.is_hidden(path.name)):
         yield folder
-        yield from sorted(path for path in folder.iterdir() if path.is_dir())
+        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not limits.is_hidden(path.name))
 
 
 def _read_spans(spans: Any, caption: str, where: str) -> tuple[tuple[tuple[int, int], ...], str]:
@@ -170,10 +192,21 @@ def _read_spans(spans: Any, caption: str, where: str) -> tuple[tuple[tuple[int, 
 
 
 def encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> dict:
-    """Returns polygons, or run lengths of either kind, as compressed COCO run lengths of an image of this size."""
+    """Returns polygons, or run lengths of either kind, as compressed COCO run lengths of an image of this size.
+
+    Raises:
+        SourceError: it is malformed, of another size, or has corners farther outside than the image is long, along
+            whose edges pycocotools would reserve memory.
+    """
     try:
         if isinstance(segmentation, list):
+            for polygon in segmentation:
+                corners = np.asarray(polygon, np.float64)
+                if not (np.abs(corners - max(size) / 2) <= 1.5 * max(size)).all():
+                    raise ValueError("its corners are far outside the image")
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+        elif tuple(segmentation["size"]) != size:  # before it is decoded
+            encoded = segmentation
         elif isinstance(segmentation["counts"], list):
             encoded = coco_mask.frPyObjects(segmentation, *segmentation["size"])
         else:

@@ -3,26 +3,26 @@
 import collections
 import csv
 import dataclasses
-import json
+import io
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 
-from data_pipelines.curate import SourceError, box_from_mask, clean_name, make_region, name_region
-from data_pipelines.images import IMAGE_SUFFIXES, describe, list_images, read_label_map, store_image
+from data_pipelines import limits
+from data_pipelines.curate import SourceError, box_from_mask, clean_name, make_region
+from data_pipelines.images import describe, is_image, list_images, read_label_map, store_image
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.masks import encode_mask
+from data_pipelines.volumes import counts_components, split_components
 
 TABLES = ("labels.json", "classes.csv", "label_colors.txt")
 _MASK_FOLDERS = ("masks", "labels", "annotations")
 _ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_L")  # after the image's name
 _BACKGROUND = ("", "background", "void", "unlabeled", "unlabelled", "ignore")
 _REGIONS = ("", "component", "label")
-_SEVERAL = ("lesion", "cell")  # granularities of which an image shows several
 _LINE = re.compile(r"(\d+)(?:[\s,]+(\d+)[\s,]+(\d+))?[\s,:]+(\D.*)")
 
 
@@ -35,7 +35,7 @@ class _Entry:
 
     @property
     def by_component(self) -> bool:
-        return (self.regions or name_region(self.name)["granularity"]) in ("component", *_SEVERAL)
+        return self.regions == "component" or (not self.regions and counts_components(self.name))
 
 
 def _find_table(folder: pathlib.Path) -> pathlib.Path | None:
@@ -45,7 +45,7 @@ def _find_table(folder: pathlib.Path) -> pathlib.Path | None:
 def _find_masks(folder: pathlib.Path) -> pathlib.Path | None:
     """The first of the mask folders that holds an image."""
     for name in _MASK_FOLDERS:
-        if any(path.suffix.lower() in IMAGE_SUFFIXES for path in (folder / name).rglob("*")):
+        if any(is_image(path.name) for path in limits.walk_files(folder / name)):
             return folder / name
     return None
 
@@ -55,10 +55,7 @@ def _value_field(value: Any) -> str:
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: no valid JSON ({error})") from None
+    content = limits.read_json(path, "annotation_bytes")
     if isinstance(content, dict):
         content = [
             {"name": value, "id": key} if key.isdecimal() else {"name": key, _value_field(value): value}
@@ -75,18 +72,18 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = limits.read_text(path, "annotation_bytes")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval="")
-            reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-            for row in reader:
-                yield f"{path}, line {reader.line_num}", {key: value.strip() for key, value in row.items() if key}
-    except (csv.Error, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
+        for row in reader:
+            yield f"{path}, line {reader.line_num}", {key: value.strip() for key, value in row.items() if key}
+    except csv.Error as error:
         raise SourceError(f"{path}: no readable CSV in UTF-8 ({error})") from None
 
 
 def _text_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(limits.read_text(path, "annotation_bytes", "replace").splitlines(), 1):
         if line.strip() and not line.lstrip().startswith("#"):
             found = _LINE.fullmatch(line.strip())
             if not found:
@@ -157,16 +154,15 @@ class ColoredMasks(Sequence[GroundingExample]):
             raise SourceError(f"{folder}: expected images/ and masks/ (or labels/, annotations/) with images in them")
         if table is None:
             raise SourceError(f"{folder}: the labels have no names: expected {', '.join(TABLES)}")
-        self._table, (self._labels, self._colours) = table, read_table(table)
+        self._folder = folder
+        self._table, (self._labels, self._colours) = table, read_table(limits.check_inside(folder, table))
         images, masks = list_images(folder / "images"), list_images(mask_folder)
         self._items: list[tuple[str, pathlib.Path | None, pathlib.Path]] = []  # image id, image, mask
         for stem, path in masks.items():
             owner = next((stem.removesuffix(e) for e in _ENDINGS if stem.removesuffix(e) in images), stem)
             self._items.append((owner, images.get(owner), path))
-        uses = collections.Counter(owner for owner, _, _ in self._items)
-        if doubles := [path for owner, _, path in self._items if uses[owner] > 1]:
-            raise SourceError(f"{mask_folder}: several masks of one image: {describe(doubles)}")
-        self.unused = [str(path) for stem, path in images.items() if stem not in uses]
+        self._uses = collections.Counter(owner for owner, _, _ in self._items)
+        self.unused = [str(path) for stem, path in images.items() if stem not in self._uses]
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
@@ -181,8 +177,11 @@ class ColoredMasks(Sequence[GroundingExample]):
         image_id, path, mask = self._items[index]
         if path is None:
             raise SourceError(f"{mask}: there is no image {image_id}.* in images/")
-        image = store_image(path)
-        values = read_label_map(mask, (image.height, image.width), self._colours)
+        if self._uses[image_id] > 1:
+            doubles = (mask for owner, _, mask in self._items if owner == image_id)
+            raise SourceError(f"{path}: has several masks: {describe(doubles)}; keep one")
+        image = store_image(path, root=self._folder)
+        values = read_label_map(mask, (image.height, image.width), self._colours, self._folder)
         return GroundingExample(
             image=image.encoded,
             image_id=image_id,
@@ -205,9 +204,5 @@ class ColoredMasks(Sequence[GroundingExample]):
             if value not in present or entry.name.lower() in _BACKGROUND:
                 continue
             mask = values == value
-            parts = [mask]
-            if entry.by_component:
-                count, components = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-                parts = [components == part for part in range(1, count)]
-            for part in parts:
+            for part in split_components(mask, one_by_one=entry.by_component)[0]:
                 yield make_region(entry.name, box_from_mask(part), mask=encode_mask(part))

@@ -1,20 +1,19 @@
 """A CSV file, a row a box: the lists of RSNA pneumonia, VinDr-CXR and NIH ChestX-ray14, and others like them."""
 
-import collections
-import csv
 import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.curate import SourceError, clean_name, hash_patient, make_region, name_region
-from data_pipelines.images import IMAGE_SUFFIXES, list_images, store_image
 from data_pipelines.schema import GroundingExample, Region
+from data_pipelines.sources.image_folder import ImageFolder, stem_of
+from data_pipelines.sources.tables import fold_name, list_tables, read_header, read_rows, root_of
 
-# Names of columns as `_fold` leaves them, the first that a header has counts.
+# Names of columns as `fold_name` leaves them, the first that a header has counts.
 _IMAGE = ("imageid", "imageindex", "image", "filename", "file", "imagename", "imagepath", "path", "patientid")
 _LABEL = ("classname", "findinglabel", "label", "class", "labelname", "category", "finding", "celltype")
 _PATIENT = ("patientid", "patient", "subjectid")
@@ -28,12 +27,6 @@ _EXTENTS = (("x", "y", "width", "height"), ("x", "y", "w", "h"))
 # What RSNA's radiologists were asked for; its other file calls the class of the boxes "Lung Opacity".
 _RSNA_LABEL = "lung opacity"
 _NORMAL = ("", "no finding", "no findings", "normal", "background")
-_SUFFIXES = (*IMAGE_SUFFIXES, ".dcm", ".dicom")  # that may follow an id; the file may have another one
-
-
-def _fold(name: str) -> str:
-    """Column name without case and punctuation; NIH's "Bbox [x,y,w,h]" comes as the four columns x, y, w, h."""
-    return re.sub(r"[^a-z0-9]", "", name.lower().replace("bbox [", ""))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +43,12 @@ class _Header:
     least: int  # number of columns that a row has at least
 
 
-def _read_header(names: Sequence[str]) -> _Header | None:
+def _find_columns(names: Sequence[str]) -> _Header | None:
     """Returns None if these are no columns of boxes."""
     places: dict[str, int] = {}
     for place, name in enumerate(names):
-        places.setdefault(_fold(name), place)
+        # NIH's "Bbox [x,y,w,h]" comes as the four columns x, y, w, h.
+        places.setdefault(fold_name(name.lower().replace("bbox [", "")), place)
 
     def find(candidates: Sequence[str]) -> int | None:
         return next((places[name] for name in candidates if name in places), None)
@@ -80,39 +74,8 @@ def _read_header(names: Sequence[str]) -> _Header | None:
 
 def _list_files(folder: pathlib.Path) -> list[tuple[pathlib.Path, _Header]]:
     """CSV files of boxes with their headers: the path itself, or those in a folder or its annotations/."""
-    if folder.is_file():
-        paths = [folder] if folder.suffix.lower() == ".csv" else []
-    else:
-        paths = sorted(folder.glob("*.csv")) + sorted(folder.glob("annotations/*.csv"))
-    return [(path, header) for path in paths if (header := _first_row(path))]
-
-
-def _first_row(path: pathlib.Path) -> _Header | None:
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        try:
-            return _read_header(next(csv.reader(file), ()))
-        except csv.Error:  # a cell of megabytes: no table of boxes
-            return None
-
-
-def _read_rows(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows after the header with their line numbers."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            next(reader, None)
-            for row in reader:
-                if any(row):
-                    yield reader.line_num, [cell.strip() for cell in row]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: no readable CSV in UTF-8 ({error})") from None
-
-
-def _stem(name: str) -> str:
-    """An image id as `list_images` has it: a path without its suffix, if that is one of an image."""
-    path = name.replace("\\", "/").removeprefix("./")
-    suffix = pathlib.PurePosixPath(path).suffix
-    return path[: -len(suffix)] if suffix.lower() in _SUFFIXES else path
+    paths = list_tables(folder, ".csv")
+    return [(path, header) for path in paths if (header := _find_columns(read_header(path)))]
 
 
 class CSVBoxes(Sequence[GroundingExample]):
@@ -121,14 +84,17 @@ class CSVBoxes(Sequence[GroundingExample]):
     The header tells the style: RSNA (patientId, x, y, width, height, Target), VinDr-CXR (image_id, class_name,
     class_id, rad_id, x_min, y_min, x_max, y_max), NIH (Image Index, Finding Label, Bbox [x,y,w,h]), or any other with
     an image, a label and a box, which is two corners or x, y, width, height. Boxes are pixels of the image as it lies
-    in the folder. Images are found by path or by name without suffix, anywhere in the folder. Boxes of several readers
-    are all kept.
+    in the folder. Images are found by path or by name without suffix, anywhere in the folder; they may be DICOM files
+    (.dcm, .dicom), as RSNA and VinDr-CXR ship them, whose spacing, patient and modality are read too. Boxes of several
+    readers are all kept.
 
     A row without box is an image without boxes if its label is empty or means normal (a "No finding" row is that
     whatever its box), or its Target is 0. The readers of such an image saw none of the file's classes, which become
     `absent`, unless other rows of the image have boxes. Images without a row are unused. The patient is a patient
-    column, or the digits before "_" in NIH's file names.
+    column, or the digits before "_" in NIH's file names, or else the DICOM file's.
     """
+
+    SUPERSEDES = ("dicom",)
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality = dataset, modality
@@ -141,23 +107,15 @@ class CSVBoxes(Sequence[GroundingExample]):
             )
         self._path, self._header = files[0]
         self._rows: dict[str, list[tuple[int, list[str]]]] = {}
-        for line, row in _read_rows(self._path):
+        for line, row in read_rows(self._path):
             if len(row) <= self._header.image or not row[self._header.image]:
                 raise SourceError(f"{self._path}, line {line}: names no image")
-            self._rows.setdefault(_stem(row[self._header.image]), []).append((line, row))
+            self._rows.setdefault(stem_of(row[self._header.image]), []).append((line, row))
         if not self._rows:
             raise SourceError(f"{self._path}: has no rows")
         self._ids = list(self._rows)
-        root = self._path.parent.parent if self._path.parent.name == "annotations" else self._path.parent
-        images = list_images(root)
-        by_name: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
-        for stem, path in images.items():
-            by_name[pathlib.PurePosixPath(stem).name].append(path)
-        self._found = {
-            i: [images[i]] if i in images else by_name.get(pathlib.PurePosixPath(i).name, []) for i in self._ids
-        }
-        used = {path for paths in self._found.values() for path in paths}
-        self.unused = [str(path) for path in images.values() if path not in used]
+        self._images = ImageFolder(root_of(self._path))
+        self.unused = self._images.unused(self._ids)
         self._classes = self._list_classes()
 
     def _list_classes(self) -> tuple[str, ...]:
@@ -180,16 +138,14 @@ class CSVBoxes(Sequence[GroundingExample]):
         image_id = self._ids[index]
         rows = self._rows[image_id]
         header, (line, first) = self._header, rows[0]
-        where, paths = f"{self._path}, line {line}", self._found[image_id]
-        if len(paths) != 1:
-            found = f"several images {image_id}: {', '.join(map(str, paths))}" if paths else f"no image {image_id}.*"
-            raise SourceError(f"{where}: there is {found}")
+        where = f"{self._path}, line {line}"
+        path = self._images.find(image_id, where)
         regions = [self._read_row(row, f"{self._path}, line {line}") for line, row in rows]
         size = None
         if header.size:
             height, width = (self._number(first, place, where) for place in header.size)
             size = (int(height), int(width))
-        image = store_image(paths[0], size)
+        image = self._images.store(path, dataset=self._dataset, annotated_size=size)
         patient = first[header.patient] if header.patient is not None else _nih_patient(image_id)
         kept = tuple(region for region in regions if region)
         return GroundingExample(
@@ -198,8 +154,9 @@ class CSVBoxes(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(patient) if patient else "",
-            modality=self._modality,
+            patient_id=hash_patient(patient) if patient else image.patient_id,
+            modality=image.modality or self._modality,
+            spacing_mm=image.spacing_mm,
             regions=kept,
             absent=() if kept else self._classes,
         )

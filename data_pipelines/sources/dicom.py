@@ -2,25 +2,23 @@
 
 import collections
 import dataclasses
-import os
+import math
 import pathlib
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from data_pipelines import volumes
-from data_pipelines.curate import SourceError, find_modality, hash_patient
+from data_pipelines import limits, volumes
+from data_pipelines.curate import SourceError, find_modality
+from data_pipelines.dicom_privacy import Identity, check_burned_in, find_salt, hash_identifier, read_header
 from data_pipelines.sources import dicom_labels, nifti
 from data_pipelines.sources.dicom_labels import Geometry
-from data_pipelines.sources.volume_source import Case, VolumeSource
+from data_pipelines.sources.volume_source import Case, UnusableCase, VolumeSource
 from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
 
-SALT_VARIABLE = "MEDGLIP_PATIENT_SALT"
 _MODALITIES = {"PT": "pet", "MR": "mri", "CT": "ct"}
 _ANNOTATIONS = {"SEG": dicom_labels.add_segmentation, "RTSTRUCT": dicom_labels.add_structures}
-_HEADER = ["SOPClassUID", "Modality", "SeriesInstanceUID", "PatientID", "NumberOfFrames", "Rows", "Columns"]
-_HEADER += ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"]
+_PLACES = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
 _GREY = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 _ALIKE = {"ImageOrientationPatient": 1e-3, "PixelSpacing": 1e-3, "Rows": 0, "Columns": 0}  # how close in one series
 _GAP = 0.05  # share by which the distance of neighbouring slices may differ from the others'
@@ -28,12 +26,10 @@ _GAP = 0.05  # share by which the distance of neighbouring slices may differ fro
 
 def is_dicom(path: pathlib.Path) -> bool:
     """Whether a file has DICOM's mark, whatever it is called."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
-
-
-def _list_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith("."))
 
 
 def _may_be_dicom(path: pathlib.Path) -> bool:
@@ -42,17 +38,50 @@ def _may_be_dicom(path: pathlib.Path) -> bool:
     return suffix in ("", "dcm", "dicom", "ima") or suffix.isdigit()
 
 
+@dataclasses.dataclass(frozen=True)
+class SliceHeader:
+    """Where a slice lies: numbers of its DICOM attributes, none where it lacks them.
+
+    Attributes:
+        places: keyword (ImagePositionPatient, ImageOrientationPatient, PixelSpacing, Rows, Columns) -> its numbers.
+        frames: NumberOfFrames.
+    """
+
+    places: dict[str, tuple[float, ...]]
+    frames: int
+
+    @classmethod
+    def of(cls, header: Any, path: pathlib.Path) -> "SliceHeader":
+        """Takes them from pydicom's dataset; raises SourceError where they are no numbers, or not so many."""
+        places = {}
+        try:
+            for keyword, count in _PLACES.items():
+                value = header.get(keyword)
+                places[keyword] = tuple(np.asarray(() if value is None else value, float).ravel().tolist())
+                if places[keyword] and not (len(places[keyword]) == count and np.isfinite(places[keyword]).all()):
+                    raise ValueError(keyword)
+            return cls(places, int(header.get("NumberOfFrames") or 1))
+        except Exception as error:  # pydicom decodes values only now
+            raise SourceError(f"{path}: its place in the volume cannot be read ({error!r})") from None
+
+
 @dataclasses.dataclass(eq=False)
 class Series:
     """The files of one series.
 
     Attributes:
-        name: its UID, or its folder where files have none; never stored.
-        headers: (path, header without pixels) of its images.
+        name: hash of its UID, or of its folder where files have none.
+        patient: hash of the patient.
+        modality: as DICOM abbreviates it.
+        headers: (path, where it lies) of its images.
+        problem: why it must not be used, if so.
     """
 
     name: str
-    headers: list[tuple[pathlib.Path, Any]]
+    patient: str
+    modality: str
+    headers: list[tuple[pathlib.Path, SliceHeader]] = dataclasses.field(default_factory=list)
+    problem: SourceError | None = None
 
     @property
     def folder(self) -> pathlib.Path:
@@ -67,36 +96,41 @@ class Series:
         Raises:
             SourceError: a slice does not say where it lies, is of another kind than the others, or is missing.
         """
+        if self.problem is not None:
+            raise self.problem
         for path, header in self.headers:
-            if int(header.get("NumberOfFrames") or 1) > 1:
+            if header.frames > 1:
                 raise SourceError(f"{path}: holds several frames, which is not supported; make it one file a slice")
-            for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns"):
-                if not header.get(keyword):
+            for keyword, value in header.places.items():
+                if not value:
                     raise SourceError(f"{path}: has no {keyword}, so that its place in the volume is unknown")
         first_path, first = self.headers[0]
         for path, header in self.headers:
             for keyword, close in _ALIKE.items():
-                if not np.allclose(header[keyword].value, first[keyword].value, rtol=0, atol=close):
+                value, usual = header.places[keyword], first.places[keyword]
+                if not np.allclose(value, usual, rtol=0, atol=close):
                     raise SourceError(
-                        f"{path}: its {keyword} {header[keyword].value} differs from {first[keyword].value} of "
-                        f"{first_path} in the same series; put different scans into different series"
+                        f"{path}: its {keyword} {list(value)} differs from {list(usual)} of {first_path} in the same "
+                        "series; put different scans into different series"
                     )
         if len(self.headers) < 2:
             raise SourceError(f"{first_path}: is the only slice of its series, which makes no volume")
-        along_row, along_column = np.asarray(first.ImageOrientationPatient, float).reshape(2, 3)
+        (rows,), (columns,) = first.places["Rows"], first.places["Columns"]
+        shape = (len(self.headers), int(rows), int(columns))
+        limits.check_amount(math.prod(shape), "volume_voxels", self.folder, f"voxels {shape}")
+        along_row, along_column = np.reshape(first.places["ImageOrientationPatient"], (2, 3))
         normal = np.cross(along_row, along_column)
-        places = [float(normal @ np.asarray(header.ImagePositionPatient, float)) for _, header in self.headers]
+        places = [float(normal @ np.asarray(header.places["ImagePositionPatient"])) for _, header in self.headers]
         order = np.argsort(places, kind="stable")
         ordered = [self.headers[i] for i in order]
         self._check_gaps([path for path, _ in ordered], np.diff(np.asarray(places)[order]))
-        start, end = (np.asarray(ordered[i][1].ImagePositionPatient, float) for i in (0, -1))
-        row_spacing, column_spacing = map(float, first.PixelSpacing)
+        start, end = (np.asarray(ordered[i][1].places["ImagePositionPatient"]) for i in (0, -1))
+        row_spacing, column_spacing = first.places["PixelSpacing"]
         affine = np.eye(4)
         affine[:3, 0] = (end - start) / (len(ordered) - 1)
         affine[:3, 1], affine[:3, 2] = along_column * row_spacing, along_row * column_spacing
         affine[:3, 3] = start
         affine[:2] *= -1  # DICOM's x and y grow to the patient's left and back
-        shape = (len(ordered), int(first.Rows), int(first.Columns))
         return [path for path, _ in ordered], Geometry(affine, shape)
 
     @staticmethod
@@ -122,10 +156,18 @@ class DICOM(VolumeSource):
     MEDGLIP_PATIENT_SALT, which makes them hard to reverse if it is kept secret, or the name of the data set.
     """
 
-    def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", rule: SliceRule | None = None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        dataset: str,
+        modality: str = "unknown",
+        rule: SliceRule | None = None,
+        plans: str = "",
+    ):
         volumes.import_medical("pydicom")
-        salt = os.environ.get(SALT_VARIABLE) or dataset
-        series, annotations, unused = _index(folder)
+        found = _index(folder, find_salt(dataset))
+        series, annotations, unused = list(found.series.values()), found.annotations, found.others
         cases: list[_DicomCase] = []
         for each in series:
             labels = _label_folder(each.folder, folder)
@@ -133,21 +175,29 @@ class DICOM(VolumeSource):
             if labels is None and not objects:
                 unused.append(f"{each.folder}: {len(each.headers)} images of a series without labels")
                 continue
-            cases.append(_make_case(each, labels, objects, modality, salt))
+            told = _MODALITIES.get(each.modality) or find_modality(each.modality) or modality
+            cases.append(_DicomCase(folder, each, labels, tuple(objects), told))
         cases = _keep_fitting(cases, unused)
         names = {each.name for each in series}
         unused += [f"{path}: refers to a series that is not here" for path, _, of in annotations if of not in names]
-        if not cases:
+        if not cases and not found.unusable:
             raise SourceError(
                 f"{folder}: no DICOM series with labels: expected a series and multilabel.nii.gz or segmentations/ in "
                 f"its folder or the one above, or a DICOM SEG or RTSTRUCT; found {len(series)} series without"
             )
-        super().__init__(cases, dataset=dataset, rule=rule or SliceRule(), unused=unused)
+        super().__init__(
+            [*cases, *found.unusable],
+            dataset=dataset,
+            rule=rule or SliceRule(),
+            unused=unused,
+            notes=found.notes,
+            plans=plans,
+        )
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
         looked: set[pathlib.Path] = set()  # one file a folder tells
-        for path in _list_files(folder) if folder.is_dir() else ():
+        for path in limits.walk_files(folder) if folder.is_dir() else ():
             if path.parent not in looked and _may_be_dicom(path):
                 looked.add(path.parent)
                 if is_dicom(path):
@@ -155,40 +205,60 @@ class DICOM(VolumeSource):
         return False
 
 
-def _index(folder: pathlib.Path) -> tuple[list[Series], list[tuple[pathlib.Path, str, str]], list[str]]:
-    """Reads the headers of all DICOM files in a folder.
+@dataclasses.dataclass
+class _Index:
+    """What the DICOM files in a folder are.
 
-    Returns:
-        (series of images, (path, modality, UID of the series that it labels) of annotations, what else there is).
-
-    Raises:
-        SourceError: a header cannot be read.
+    Attributes:
+        series: of images, by the hash of their UID.
+        annotations: (path, modality, hash of the UID of the series that it labels).
+        others: files that are neither.
+        unusable: files that cannot be read, or must not be: nobody knows to which series they belong.
+        notes: of `check_burned_in`, one a file and reason.
     """
-    pydicom = volumes.import_medical("pydicom")
-    grouped: dict[str, list[tuple[pathlib.Path, Any]]] = collections.defaultdict(list)
-    annotations, others = [], []
-    for path in _list_files(folder):
-        if not _may_be_dicom(path) or not is_dicom(path):
-            continue
-        header = _read_header(path, specific_tags=_HEADER)
-        if header.get("SOPClassUID") == pydicom.uid.MediaStorageDirectoryStorage:
-            continue
-        kind = str(header.get("Modality") or "")
-        if kind in _ANNOTATIONS:
-            annotations.append((path, kind, dicom_labels.referenced_series(_read_header(path))))
-        elif "Rows" in header:
-            grouped[str(header.get("SeriesInstanceUID") or path.parent.relative_to(folder))].append((path, header))
-        else:
-            others.append(f"{path}: is neither an image nor an annotation of one")
-    return [Series(name, headers) for name, headers in grouped.items()], annotations, others
+
+    series: dict[str, Series] = dataclasses.field(default_factory=dict)
+    annotations: list[tuple[pathlib.Path, str, str]] = dataclasses.field(default_factory=list)
+    others: list[str] = dataclasses.field(default_factory=list)
+    unusable: list[UnusableCase] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def _read_header(path: pathlib.Path, **options: Any) -> Any:
+def _index(folder: pathlib.Path, salt: str) -> _Index:
+    """Reads the headers of all DICOM files in a folder."""
+    index = _Index()
+    for path in limits.list_files(folder):
+        try:
+            if _may_be_dicom(path) and is_dicom(limits.check_inside(folder, path)):
+                _add_file(index, path, folder, salt)
+        except SourceError as error:
+            index.unusable.append(UnusableCase(path.name, error))
+    return index
+
+
+def _add_file(index: _Index, path: pathlib.Path, folder: pathlib.Path, salt: str) -> None:
     pydicom = volumes.import_medical("pydicom")
-    try:
-        return pydicom.dcmread(path, stop_before_pixels=True, **options)
-    except Exception as error:  # pydicom raises many kinds for damaged files
-        raise SourceError(f"{path}: no readable DICOM file ({error})") from None
+    header, identity = read_header(path, salt)
+    if header.get("SOPClassUID") == pydicom.uid.MediaStorageDirectoryStorage:
+        return
+    kind = str(header.get("Modality") or "")
+    if kind in _ANNOTATIONS:
+        index.annotations.append((path, kind, identity.labelled_series))
+    elif "Rows" in header:
+        name = identity.series or hash_identifier("series", path.parent.relative_to(folder), salt)
+        series = index.series.setdefault(name, Series(name, _patient_of(identity, name, salt), kind))
+        series.headers.append((path, SliceHeader.of(header, path)))
+        try:
+            index.notes += check_burned_in(header, path)
+        except SourceError as error:
+            series.problem = series.problem or error
+    else:
+        index.others.append(f"{path}: is neither an image nor an annotation of one")
+
+
+def _patient_of(identity: Identity, series: str, salt: str) -> str:
+    """A series of no known patient is its own."""
+    return identity.patient or hash_identifier("patient", series, salt)
 
 
 def _label_folder(start: pathlib.Path, top: pathlib.Path) -> pathlib.Path | None:
@@ -201,36 +271,34 @@ def _label_folder(start: pathlib.Path, top: pathlib.Path) -> pathlib.Path | None
     return None
 
 
-def _make_case(
-    series: Series, folder: pathlib.Path | None, objects: Iterable[tuple[pathlib.Path, str]], modality: str, salt: str
-) -> "_DicomCase":
-    header = series.headers[0][1]
-    told = str(header.get("Modality") or "")
-    patient = str(header.get("PatientID") or series.name)
-    return _DicomCase(
-        id=hash_patient(f"{salt}/series/{series.name}"),
-        patient=f"{salt}/patient/{patient}",
-        series=series,
-        folder=folder,
-        objects=tuple(objects),
-        modality=_MODALITIES.get(told) or find_modality(told) or modality,
-    )
-
-
 @dataclasses.dataclass(eq=False)
 class _DicomCase(Case):
-    id: str
-    patient: str
+    root: pathlib.Path  # the input folder
     series: Series
     folder: pathlib.Path | None  # of NIfTI labels
     objects: tuple[tuple[pathlib.Path, str], ...]  # DICOM annotations and their modality
     modality: str
 
+    @property
+    def id(self) -> str:
+        return self.series.name
+
+    @property
+    def patient(self) -> str:
+        return self.series.patient
+
+    def list_files(self) -> list[pathlib.Path]:
+        labels = nifti.list_case_labels(self.folder) if self.folder else [path for path, _ in self.objects]
+        return [*(path for path, _ in self.series.headers), *labels]
+
+    def describe(self) -> str:
+        return str(self.series.problem or "") + str(nifti.read_description(self.folder) if self.folder else "")
+
     def read_labels(self) -> tuple[Labels, Grid]:
         _, geometry = self.series.arrange()
         turn, grid = volumes.to_radiological(geometry.affine, geometry.shape, str(self.series.folder))
         if self.folder is not None:
-            return nifti.read_case_labels(self.folder, grid), grid
+            return nifti.read_case_labels(self.folder, grid, self.root), grid
         labels = Labels(grid.shape)
         for path, kind in self.objects:
             _ANNOTATIONS[kind](labels, path, geometry, turn)
@@ -280,7 +348,7 @@ def read_pixels(path: pathlib.Path, size: tuple[int, int]) -> np.ndarray:
     """
     pydicom = volumes.import_medical("pydicom")
     try:
-        image = pydicom.dcmread(path)
+        image, _ = read_header(path, pixels=True)
         if "PixelData" not in image:
             raise SourceError(f"{path}: has no PixelData; leave it out of the series")
         pixels = image.pixel_array  # YBR comes as RGB

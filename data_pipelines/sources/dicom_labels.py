@@ -10,6 +10,7 @@ import numpy as np
 
 from data_pipelines import volumes
 from data_pipelines.curate import SourceError, clean_name
+from data_pipelines.dicom_privacy import read_header
 from data_pipelines.volumes import Labels
 
 _SHIFT = 6  # bits after the point in OpenCV's contour coordinates
@@ -34,25 +35,6 @@ class Geometry:
         return (np.asarray(points, float) * (-1, -1, 1)) @ inverse[:3, :3].T + inverse[:3, 3]
 
 
-def referenced_series(header: Any) -> str:
-    """Returns the UID of the series that a segmentation or structure set labels, "" where it does not say."""
-    for reference in header.get("ReferencedSeriesSequence", ()):
-        return str(reference.SeriesInstanceUID)
-    for frame in header.get("ReferencedFrameOfReferenceSequence", ()):
-        for study in frame.get("RTReferencedStudySequence", ()):
-            for series in study.get("RTReferencedSeriesSequence", ()):
-                return str(series.SeriesInstanceUID)
-    return ""
-
-
-def _read(path: pathlib.Path) -> Any:
-    pydicom = volumes.import_medical("pydicom")
-    try:
-        return pydicom.dcmread(path)
-    except Exception as error:  # pydicom raises many kinds for damaged files
-        raise SourceError(f"{path}: no readable DICOM file ({error})") from None
-
-
 def _check_name(name: str, path: pathlib.Path) -> str:
     if not clean_name(name):
         raise SourceError(f"{path}: the structure name {name!r} has no words")
@@ -71,7 +53,7 @@ def add_segmentation(labels: Labels, path: pathlib.Path, geometry: Geometry, tur
     Raises:
         SourceError: it cannot be read, or its frames are not on slices of the series, pixel on pixel.
     """
-    segmentation = _read(path)
+    segmentation, _ = read_header(path, pixels=True)
     try:
         kind = segmentation.SegmentationType
         if kind not in ("BINARY", "FRACTIONAL"):
@@ -118,7 +100,7 @@ def add_structures(labels: Labels, path: pathlib.Path, geometry: Geometry, turn:
 
     Pixels that a contour touches belong to it. Arguments and errors are those of `add_segmentation`.
     """
-    structures = _read(path)
+    structures, _ = read_header(path)
     try:
         names = {int(roi.ROINumber): str(roi.ROIName) for roi in structures.StructureSetROISequence}
         for roi in structures.get("ROIContourSequence", ()):

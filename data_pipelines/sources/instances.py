@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, box_from_mask, clean_name, make_region
-from data_pipelines.images import IMAGE_SUFFIXES, list_images, read_mask, store_image
+from data_pipelines.images import is_image, list_images, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.masks import encode_mask
 
@@ -24,7 +25,7 @@ def _list_folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _count_images(folder: pathlib.Path) -> int:
-    return sum(path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") for path in folder.iterdir())
+    return sum(is_image(path.name) for path in folder.iterdir())
 
 
 class InstanceFolders(Sequence[GroundingExample]):
@@ -56,7 +57,7 @@ class InstanceFolders(Sequence[GroundingExample]):
         images = list(list_images(folder / "images").values())
         if len(images) != 1:
             raise SourceError(f"{folder / 'images'}: expected one image, found {len(images)}")
-        image, name = store_image(images[0]), self._read_class(folder)
+        image, name = store_image(images[0], root=self._folder), self._read_class(folder)
         size = (image.height, image.width)
         return GroundingExample(
             image=image.encoded,
@@ -65,13 +66,13 @@ class InstanceFolders(Sequence[GroundingExample]):
             height=image.height,
             width=image.width,
             modality=self._modality,
-            regions=tuple(_read_instance(name, path, size) for path in list_images(folder / "masks").values()),
+            regions=tuple(self._read_instance(name, path, size) for path in list_images(folder / "masks").values()),
         )
 
     def _read_class(self, folder: pathlib.Path) -> str:
         for path in (self._folder / _CLASS, folder / _CLASS):
             if path.is_file():
-                name = path.read_text(encoding="utf-8", errors="replace").strip()
+                name = limits.read_text(limits.check_inside(self._folder, path), errors="replace").strip()
                 if not clean_name(name) or "\n" in name:
                     raise SourceError(f"{path}: expected one line, the class of the instances, found {name!r}")
                 return name
@@ -79,7 +80,6 @@ class InstanceFolders(Sequence[GroundingExample]):
             return "nucleus"
         raise SourceError(f"{folder}: its instances have no class: write it into {self._folder / _CLASS}")
 
-
-def _read_instance(name: str, path: pathlib.Path, size: tuple[int, int]) -> Region:
-    mask: np.ndarray = read_mask(path, size)
-    return make_region(name, box_from_mask(mask), mask=encode_mask(mask))
+    def _read_instance(self, name: str, path: pathlib.Path, size: tuple[int, int]) -> Region:
+        mask: np.ndarray = read_mask(path, size, self._folder)
+        return make_region(name, box_from_mask(mask), mask=encode_mask(mask))

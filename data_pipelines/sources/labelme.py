@@ -2,19 +2,17 @@
 
 import base64
 import contextlib
-import io
-import json
 import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, make_region
-from data_pipelines.images import list_images, store_image
+from data_pipelines.images import list_images, open_image, store_image
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.coco import encode_segmentation
 from data_pipelines.sources.masks import encode_mask
@@ -26,8 +24,7 @@ _CIRCLE_POINTS = 64
 
 
 def _looks_like_labelme(path: pathlib.Path) -> bool:
-    with open(path, encoding="utf-8", errors="replace") as file:
-        head = file.read(_HEAD)
+    head = limits.read_head(path, _HEAD)
     return head.lstrip().startswith("{") and '"shapes"' in head
 
 
@@ -42,7 +39,7 @@ class LabelMe(Sequence[GroundingExample]):
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality, self._folder = dataset, modality, folder
-        found = sorted(folder.rglob("*.json"))
+        found = limits.list_files(folder, ".json")
         self._paths = [path for path in found if _looks_like_labelme(path)]
         if not self._paths:
             raise SourceError(f"{folder}: no .json files with 'shapes' in it")
@@ -56,26 +53,21 @@ class LabelMe(Sequence[GroundingExample]):
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
-        return folder.is_dir() and any(_looks_like_labelme(path) for path in folder.rglob("*.json"))
+        return folder.is_dir() and any(_looks_like_labelme(path) for path in limits.walk_files(folder, ".json"))
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
         path = self._paths[index]
+        content = limits.read_json(limits.check_inside(self._folder, path))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
             shapes = list(content["shapes"])
             annotated = (int(content.get("imageHeight") or 0), int(content.get("imageWidth") or 0))
             name = str(content.get("imagePath") or "").replace("\\", "/")  # LabelMe on Windows
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SourceError(f"{path}: no valid JSON ({error})") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SourceError(f"{path}: not LabelMe's: 'shapes' is expected; the problem is {error!r}") from None
-        beside = self._images.get(self._stem(path))
-        if beside is None and not (name and (path.parent / name).is_file()):
-            raise SourceError(f"{path}: there is no image {path.stem}.* beside it nor its imagePath {name!r}")
-        image = store_image(beside or path.parent / name, annotated if all(annotated) else None)
+        image = store_image(self._find_image(path, name), annotated if all(annotated) else None, self._folder)
         size = (image.height, image.width)
         return GroundingExample(
             image=image.encoded,
@@ -86,6 +78,19 @@ class LabelMe(Sequence[GroundingExample]):
             modality=self._modality,
             regions=tuple(_read_group(group, size) for group in _group(shapes, path)),
         )
+
+    def _find_image(self, path: pathlib.Path, name: str) -> pathlib.Path:
+        beside = self._images.get(self._stem(path))
+        if beside is not None:
+            return beside
+        if name:
+            try:
+                image = limits.resolve_inside(self._folder, name, path.parent)
+            except SourceError as error:
+                raise SourceError(f"{path}: its imagePath: {error}") from None
+            if image.is_file():
+                return image
+        raise SourceError(f"{path}: there is no image {path.stem}.* beside it nor its imagePath {name!r}")
 
 
 def _group(shapes: Sequence[Any], path: pathlib.Path) -> list[list[tuple[str, dict[str, Any]]]]:
@@ -147,13 +152,13 @@ def _read_points(shape: dict[str, Any], where: str) -> np.ndarray:
 def _paste_mask(shape: dict[str, Any], points: np.ndarray, size: tuple[int, int], where: str) -> dict:
     """A painted mask is an image inside the JSON file, that of the box between two points."""
     try:
-        image = Image.open(io.BytesIO(base64.b64decode(shape["mask"], validate=True)))
+        image = open_image(base64.b64decode(shape["mask"], validate=True), where)
         pixels = np.asarray(image.convert("L")) > 0  # [H, W]
         x, y = points[0].round().astype(int)
         if min(x, y) < 0:  # which would count from the other side
             raise ValueError(f"it starts at {x}, {y}")
         mask = np.zeros(size, bool)
         mask[y : y + image.height, x : x + image.width] = pixels
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
         raise SourceError(f"{where}: its mask cannot be read or leaves the image ({error})") from None
     return encode_mask(mask)

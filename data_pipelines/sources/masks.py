@@ -29,7 +29,7 @@ class MaskFolder(Sequence[GroundingExample]):
     """
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
-        self._dataset, self._modality = dataset, modality
+        self._dataset, self._modality, self._folder = dataset, modality, folder
         if not _has_folders(folder):
             raise SourceError(f"{folder}: expected the folders images/ and masks/ in it")
         images, masks = list_images(folder / "images"), list_images(folder / "masks")
@@ -67,7 +67,8 @@ class MaskFolder(Sequence[GroundingExample]):
         parts = stem.rsplit("/", 1)[-1].split("_")
         modality = find_modality(parts[1]) if len(parts) > 2 else ""
         site = " ".join(parts[2:]) if modality else ""
-        image = store_image(path)
+        image = store_image(path, root=self._folder)
+        size = (image.height, image.width)
         return GroundingExample(
             image=image.encoded,
             image_id=stem,
@@ -75,12 +76,12 @@ class MaskFolder(Sequence[GroundingExample]):
             height=image.height,
             width=image.width,
             modality=modality or self._modality,
-            regions=tuple(_read_region(phrase, mask, site, (image.height, image.width)) for phrase, mask in masks),
+            regions=tuple(_read_region(phrase, mask, site, size, self._folder) for phrase, mask in masks),
         )
 
 
-def _read_region(phrase: str, path: pathlib.Path, site: str, size: tuple[int, int]) -> Region:
-    mask = read_mask(path, size)
+def _read_region(phrase: str, path: pathlib.Path, site: str, size: tuple[int, int], root: pathlib.Path) -> Region:
+    mask = read_mask(path, size, root)
     try:
         return make_region(phrase, box_from_mask(mask), site, mask=encode_mask(mask))
     except SourceError as error:

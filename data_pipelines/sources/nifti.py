@@ -2,20 +2,22 @@
 
 import collections
 import dataclasses
+import gzip
 import json
+import math
 import pathlib
 import re
-import xml.etree.ElementTree
+import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from data_pipelines import volumes
-from data_pipelines.curate import SourceError, clean_name, find_modality
+from data_pipelines import limits, volumes
+from data_pipelines.curate import SourceError, clean_name, find_modality, hash_patient
 from data_pipelines.images import describe
-from data_pipelines.sources.volume_source import Case, VolumeSource
+from data_pipelines.sources.volume_source import Case, UnusableCase, VolumeSource
 from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
 
 _SUFFIXES = (".nii.gz", ".nii")
@@ -24,6 +26,8 @@ _IMAGE_NAMES = {"ct": "ct", "mri": "mri", "mr": "mri", "pet": "pet", "image": ""
 _MULTILABEL, _MASKS = "multilabel", "segmentations"
 _NAME_FILES = ("dataset.json", "labels.json")
 _IGNORED = "ignore"  # nnU-Net's name of voxels that nobody annotated
+_LONGEST_HEADER = 2**24  # bytes, extensions included; label tables have some thousands
+_DEFLATE = 1032  # bytes that gzip makes of one, at most (zlib's "Technical Details")
 _MR_SEQUENCES = re.compile(r"(flair|t1|t2|adc|dwi)(w|c|ce|gd|map|-weighted)?", re.IGNORECASE)
 
 
@@ -34,7 +38,7 @@ def find_volume(folder: pathlib.Path, stem: str) -> pathlib.Path | None:
 
 def list_volumes(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns the NIfTI files in a folder by name without suffix, sorted. Hidden ones do not count."""
-    paths = (path for path in sorted(folder.glob("*.nii*")) if not path.name.startswith("."))
+    paths = (path for path in sorted(folder.glob("*.nii*")) if not limits.is_hidden(path.name))
     return {path.name.removesuffix(end): path for path in paths for end in _SUFFIXES if path.name.endswith(end)}
 
 
@@ -62,7 +66,15 @@ class NIfTI(VolumeSource):
     Of several channels the first is used. "labels" maps values to names or names to values (or, in nnU-Net, to lists).
     """
 
-    def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", rule: SliceRule | None = None):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        dataset: str,
+        modality: str = "unknown",
+        rule: SliceRule | None = None,
+        plans: str = "",
+    ):
         volumes.import_medical("nibabel")
         trained = _is_msd(folder)
         cases, unused = _list_msd(folder, modality) if trained else _list_cases(folder, modality)
@@ -72,7 +84,7 @@ class NIfTI(VolumeSource):
                 f"multilabel.nii.gz or segmentations/ beside it, or imagesTr/, labelsTr/ and dataset.json"
                 + (f"; found {describe(unused)}" if unused else "")
             )
-        super().__init__(cases, dataset=dataset, rule=rule or SliceRule(), unused=unused)
+        super().__init__(cases, dataset=dataset, rule=rule or SliceRule(), unused=unused, plans=plans)
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
@@ -86,11 +98,12 @@ def _is_msd(folder: pathlib.Path) -> bool:
 def _case_folders(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     yield folder
     if not _find_image(folder):
-        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not limits.is_hidden(path.name))
 
 
 @dataclasses.dataclass(eq=False)
 class _NiftiCase(Case):
+    root: pathlib.Path  # the input folder
     id: str
     image: pathlib.Path
     labels: pathlib.Path  # a multilabel file, or the folder of a file a structure
@@ -100,31 +113,45 @@ class _NiftiCase(Case):
 
     @property
     def patient(self) -> str:
-        return self.id
+        return hash_patient(self.id)
+
+    def list_files(self) -> list[pathlib.Path]:
+        masks = list(list_volumes(self.labels).values()) if self.labels.is_dir() else [self.labels]
+        return [self.image, *masks]
+
+    def describe(self) -> str:
+        return f"{self.site}/{json.dumps(self.description.get('labels', {}), sort_keys=True)}"
 
     def read_labels(self) -> tuple[Labels, Grid]:
-        _, _, grid = open_volume(self.image)
+        _, _, grid = open_volume(limits.check_inside(self.root, self.image))
         if self.labels.is_dir():
-            return read_masks(self.labels, grid), grid
-        return read_multilabel(self.labels, grid, self.description, self.site), grid
+            return read_masks(self.labels, grid, self.root), grid
+        labels = limits.check_inside(self.root, self.labels)
+        return read_multilabel(labels, grid, self.description, self.site), grid
 
     def read_volume(self) -> Volume:
-        image, turn, grid = open_volume(self.image)
+        image, turn, grid = open_volume(limits.check_inside(self.root, self.image))
         return Volume(volumes.reorient(_read_values(image, self.image), turn), grid, self.modality)
 
 
 def _list_cases(folder: pathlib.Path, modality: str) -> tuple[list[Case], list[str]]:
     cases: list[Case] = []
     unused: list[str] = []
+    shared = read_description(folder)
     for path in _case_folders(folder):
         found = _find_image(path)
         if found is None:
             unused += map(str, list_volumes(path).values())
             continue
         image, told = found
-        description = read_description(path) or read_description(folder)
+        try:
+            description = read_description(limits.check_inside(folder, path)) or shared
+        except SourceError as error:
+            cases.append(UnusableCase(path.name, error))
+            continue
         labels = find_volume(path, _MULTILABEL) or path / _MASKS
-        cases.append(_NiftiCase(path.name, image, labels, told or _modality_of(description) or modality, description))
+        modality_of_case = told or _modality_of(description) or modality
+        cases.append(_NiftiCase(folder, path.name, image, labels, modality_of_case, description))
     return cases, unused
 
 
@@ -137,7 +164,7 @@ def _list_msd(folder: pathlib.Path, modality: str) -> tuple[list[Case], list[str
     unused = [str(path) for stem, path in images.items() if stem not in owned.values()]
     unused += [str(labels[name]) for name, stem in owned.items() if stem is None]
     cases: list[Case] = [
-        _NiftiCase(name, images[stem], labels[name], modality, description, site)
+        _NiftiCase(folder, name, images[stem], labels[name], modality, description, site)
         for name, stem in owned.items()
         if stem is not None
     ]
@@ -153,10 +180,7 @@ def read_description(folder: pathlib.Path) -> dict[str, Any]:
     path = next((folder / name for name in _NAME_FILES if (folder / name).is_file()), None)
     if path is None:
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: no valid JSON ({error})") from None
+    content = limits.read_json(path, "annotation_bytes")
     if not isinstance(content, dict):
         raise SourceError(f"{path}: expected an object with 'labels' in it, found a {type(content).__name__}")
     return content if "labels" in content else {"labels": content}
@@ -176,16 +200,28 @@ def open_volume(path: pathlib.Path) -> tuple[Any, np.ndarray, Grid]:
         (nibabel image, how to turn it, its grid when turned), see `volumes.to_radiological`.
 
     Raises:
-        SourceError: it is damaged, no volume, or does not say how it lies in the patient.
+        SourceError: it is damaged, no volume, larger than `Limits.volume_voxels`, or than what its file can hold, or
+            does not say how it lies in the patient.
     """
     nibabel = volumes.import_medical("nibabel")
     try:
+        _check_header_length(path)
         image = nibabel.load(path)
-    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        shape = tuple(map(int, image.shape))
+        itemsize = image.get_data_dtype().itemsize
+    except SourceError:
+        raise
+    except Exception as error:  # nibabel raises many kinds for damaged headers
         raise SourceError(f"{path}: no readable NIfTI file ({error})") from None
-    shape = image.shape
     if len(shape) < 3 or min(shape) < 1 or any(n != 1 for n in shape[4:]):
         raise SourceError(f"{path}: has the shape {shape}, not that of a volume (x, y, z) or (x, y, z, channel)")
+    limits.check_amount(math.prod(shape[:3]), "volume_voxels", path, f"voxels {shape}")
+    announced, stored = math.prod(shape) * itemsize, path.stat().st_size
+    if announced > stored * (_DEFLATE if path.suffix == ".gz" else 1):
+        raise SourceError(
+            f"{path}: its header announces {announced:,} bytes of voxels, which a file of {stored:,} bytes cannot "
+            "hold; the file is cut short or damaged"
+        )
     if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
         raise SourceError(
             f"{path}: its header says nothing about orientation (sform and qform code 0), so that left and right "
@@ -193,6 +229,21 @@ def open_volume(path: pathlib.Path) -> tuple[Any, np.ndarray, Grid]:
         )
     turn, grid = volumes.to_radiological(image.affine, shape[:3], str(path))
     return image, turn, grid
+
+
+def _check_header_length(path: pathlib.Path) -> None:
+    """nibabel reads all that lies before the voxels at once, and a compressed file may announce any length."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+        head = file.read(176)
+    for order in "<>":
+        if len(head) == 176 and struct.unpack_from(f"{order}i", head)[0] == 540:  # NIfTI-2
+            offset = struct.unpack_from(f"{order}q", head, 168)[0]
+        elif len(head) == 176 and struct.unpack_from(f"{order}i", head)[0] == 348:
+            offset = struct.unpack_from(f"{order}f", head, 108)[0]
+        else:
+            continue
+        if not offset <= _LONGEST_HEADER:
+            raise SourceError(f"{path}: its voxels begin at byte {offset:.4g}, no header is so long; it is damaged")
 
 
 def _read_values(image: Any, path: pathlib.Path) -> np.ndarray:
@@ -243,8 +294,13 @@ def read_multilabel(path: pathlib.Path, grid: Grid, description: Mapping[str, An
     return Labels(grid.shape, [layer], {group[0]: name for name, group in groups.items()}, site)
 
 
-def read_masks(folder: pathlib.Path, grid: Grid) -> Labels:
+def read_masks(folder: pathlib.Path, grid: Grid, root: pathlib.Path) -> Labels:
     """Reads NAME.nii.gz of one structure each: what is above 0 belongs to it, empty ones are not in the field of view.
+
+    Args:
+        folder: of the files.
+        grid: of the image.
+        root: the input folder, see `limits.check_inside`.
 
     Raises:
         SourceError: there are none, one cannot be read, or lies elsewhere than the image.
@@ -255,16 +311,24 @@ def read_masks(folder: pathlib.Path, grid: Grid) -> Labels:
         raise SourceError(f"{folder}: has no NIfTI files, one a structure, in it")
     for name, path in files.items():
         _check_name(name, path)
-        image, turn, found = open_volume(path)
+        image, turn, found = open_volume(limits.check_inside(root, path))
         grid.check_same(found, str(path))
         labels.add(name, volumes.reorient(_read_values(image, path), turn) > 0)
     return labels
 
 
-def read_case_labels(folder: pathlib.Path, grid: Grid) -> Labels:
+def list_case_labels(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files that `read_case_labels` reads."""
+    path = find_volume(folder, _MULTILABEL)
+    return [path] if path else list(list_volumes(folder / _MASKS).values())
+
+
+def read_case_labels(folder: pathlib.Path, grid: Grid, root: pathlib.Path) -> Labels:
     """Reads multilabel.nii.gz of a folder, or the files in its segmentations/; see `read_multilabel`, `read_masks`."""
     path = find_volume(folder, _MULTILABEL)
-    return read_multilabel(path, grid, read_description(folder)) if path else read_masks(folder / _MASKS, grid)
+    if path is None:
+        return read_masks(folder / _MASKS, grid, root)
+    return read_multilabel(limits.check_inside(root, path), grid, read_description(folder))
 
 
 def _names_in_extension(image: Any, path: pathlib.Path) -> dict[int, str]:
@@ -275,10 +339,10 @@ def _names_in_extension(image: Any, path: pathlib.Path) -> dict[int, str]:
         if b"<LabelTable>" not in text:
             continue
         try:
-            table = xml.etree.ElementTree.fromstring(text).iter("Label")
+            table = limits.parse_xml(text, path.name).iter("Label")
             names = {int(entry.attrib["Key"]): (entry.text or "").strip() for entry in table}
-        except (xml.etree.ElementTree.ParseError, KeyError, ValueError) as error:
-            raise SourceError(f"{path}: the label table in its extension cannot be read ({error!r})") from None
+        except (KeyError, ValueError) as error:
+            raise SourceError(f"{path}: the label table in its extension cannot be read ({error})") from None
         return _check_names({value: name for value, name in names.items() if value}, path)
     return {}
 

@@ -1,6 +1,5 @@
 """SA-Med2D-20M (arXiv 2311.11969): images/, masks/, one mask file an instance, and JSON files that pair them."""
 
-import json
 import os
 import pathlib
 import re
@@ -9,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, box_from_mask, find_modality, hash_patient, make_region
-from data_pipelines.images import IMAGE_SUFFIXES, read_mask, store_image
+from data_pipelines.images import is_image, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.masks import encode_mask
 
@@ -23,14 +23,13 @@ def _find_json(folder: pathlib.Path, *patterns: str) -> list[pathlib.Path]:
     if not folder.is_dir():
         return []
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir() and p.name not in ("images", "masks"))]
-    return [path for pattern in patterns for place in places for path in sorted(place.glob(pattern))]
+    places = [place for place in places if place == folder or not limits.is_hidden(place.name)]
+    found = (path for pattern in patterns for place in places for path in sorted(place.glob(pattern)))
+    return [path for path in found if not limits.is_hidden(path.name)]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path}: no valid JSON ({error})") from None
+    content = limits.read_json(path, "annotation_bytes")
     if not isinstance(content, dict):
         raise SourceError(f"{path}: expected a mapping of file names, found a {type(content).__name__}")
     return content
@@ -77,12 +76,12 @@ class SAMed2D(Sequence[GroundingExample]):
     """
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
-        self._dataset, self._modality = dataset, modality
+        self._dataset, self._modality, self._folder = dataset, modality, folder
         files = _find_json(folder, *_PAIRS)
         masks: dict[pathlib.Path, dict[str, None]] = {}  # of an image, each once
         folders: set[pathlib.Path] = set()
         for path in files:
-            pairs = _read_pairs(path)
+            pairs = _read_pairs(limits.check_inside(folder, path))
             root = _find_root(path, next(iter(pairs), ""))
             folders |= {root / name for image in list(pairs)[:1] for name in (image, *pairs[image][:1])}
             for image, names in pairs.items():
@@ -98,18 +97,29 @@ class SAMed2D(Sequence[GroundingExample]):
         used = {str(path) for path in masks} | {name for names in masks.values() for name in names}
         self.unused = sorted(
             entry.path
-            for place in {path.parent for path in folders if path.parent.is_dir()}
+            for place in {path.parent for path in folders if self._is_inside(path) and path.parent.is_dir()}
             for entry in os.scandir(place)
-            if entry.path not in used and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES
+            if entry.path not in used and is_image(entry.name)
         )
         classes = _find_json(folder, _CLASSES)
         self._classes_file = str(classes[0] if classes else folder / _CLASSES)
-        content = _read_json(classes[0]) if classes else {}
+        content = _read_json(limits.check_inside(folder, classes[0])) if classes else {}
         self._names = {
             (name, str(number)): label
             for name, labels in content.items()
             for label, number in (labels.items() if isinstance(labels, dict) else ())
         }
+
+    def _check_inside(self, path: pathlib.Path) -> pathlib.Path:
+        """The JSON files name the images and masks: see `limits.resolve_inside`."""
+        return limits.resolve_inside(self._folder, os.path.relpath(path, self._folder))
+
+    def _is_inside(self, path: pathlib.Path) -> bool:
+        try:
+            self._check_inside(path)
+        except SourceError:
+            return False
+        return True
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
@@ -121,7 +131,7 @@ class SAMed2D(Sequence[GroundingExample]):
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
         path, masks = self._items[index]
         modality, subset, patient = _parse_name(path.stem)
-        image = store_image(path)
+        image = store_image(self._check_inside(path))
         return GroundingExample(
             image=image.encoded,
             image_id=path.stem,
@@ -142,7 +152,7 @@ class SAMed2D(Sequence[GroundingExample]):
         name = self._names.get((subset, found[1]), "") if subset else found[1]
         if not name:
             raise SourceError(f"{path}: {self._classes_file} has no class {found[1]} of {subset}")
-        mask: np.ndarray = read_mask(path, size)
+        mask: np.ndarray = read_mask(self._check_inside(path), size)
         try:
             return make_region(name, box_from_mask(mask), mask=encode_mask(mask))
         except SourceError as error:

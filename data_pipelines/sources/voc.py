@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, make_region
 from data_pipelines.images import list_images, store_image
 from data_pipelines.schema import GroundingExample, Region
@@ -19,7 +20,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def _list_annotations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """XML files by their relative path without suffix."""
     for name in ANNOTATION_FOLDERS:
-        paths = sorted((folder / name).rglob("*.xml"))
+        paths = limits.list_files(folder / name, ".xml")
         if paths:
             return {path.relative_to(folder / name).with_suffix("").as_posix(): path for path in paths}
     return {}
@@ -55,7 +56,7 @@ class PascalVOC(Sequence[GroundingExample]):
     """
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
-        self._dataset, self._modality = dataset, modality
+        self._dataset, self._modality, self._folder = dataset, modality, folder
         self._annotations = list(_list_annotations(folder).items())
         if not self._annotations:
             raise SourceError(f"{folder}: no .xml files in it or in its Annotations/ folder")
@@ -78,17 +79,20 @@ class PascalVOC(Sequence[GroundingExample]):
 
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
         image_id, path = self._annotations[index]
+        limits.check_inside(self._folder, path)
         try:
-            root = ElementTree.parse(path).getroot()
-        except ElementTree.ParseError as error:
-            raise SourceError(f"{path}: no well-formed XML ({error})") from None
+            content = limits.read_bytes(path, "image_annotation_bytes")
+        except FileNotFoundError:
+            raise SourceError(f"{path}: there is no such file") from None
+        root = limits.parse_xml(content, path)
         if root.tag != "annotation":
             raise SourceError(f"{path}: its root is <{root.tag}>, expected <annotation>")
         size = root.find("size")
         annotated = (0, 0)
         if size is not None:
             annotated = (int(_number(size, "height", path)), int(_number(size, "width", path)))
-        image = store_image(self._find_image(image_id, root, path), annotated if all(annotated) else None)
+        found = self._find_image(image_id, root, path)
+        image = store_image(found, annotated if all(annotated) else None, self._folder)
         return GroundingExample(
             image=image.encoded,
             image_id=image_id,

@@ -1,12 +1,14 @@
 """YOLO: a text file an image, a line an object, coordinates relative to the image (Ultralytics' folders)."""
 
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import yaml
 
+from data_pipelines import limits
 from data_pipelines.curate import SourceError, clean_name, make_region
 from data_pipelines.images import list_images, store_image
 from data_pipelines.schema import GroundingExample, Region
@@ -26,42 +28,46 @@ def _parts(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, pathlib.Pa
     """Prefix of the image ids, images/ and labels/: of the folder itself and of its train/, valid/ ..."""
     if not folder.is_dir():
         return
-    for part in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+    for part in (
+        folder,
+        *sorted(path for path in folder.iterdir() if path.is_dir() and not limits.is_hidden(path.name)),
+    ):
         if (part / "images").is_dir() and (part / "labels").is_dir():
             yield "" if part == folder else f"{part.name}/", part / "images", part / "labels"
 
 
 def _label_files(labels: pathlib.Path) -> Iterator[pathlib.Path]:
-    return (path for path in labels.rglob("*.txt") if path.name != _CLASSES)
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{path}: no UTF-8 text ({error})") from None
+    return (path for path in limits.walk_files(labels, ".txt") if path.name != _CLASSES)
 
 
 def _read_names(folder: pathlib.Path, labels: Sequence[pathlib.Path]) -> tuple[pathlib.Path, dict[int, str]]:
     """Returns the file that names the classes and the names by class id."""
     for path in (folder / name for name in _YAML_FILES):
         if path.is_file():
-            return path, _read_yaml_names(path)
+            return path, _read_yaml_names(limits.check_inside(folder, path))
     for path in (parent / _CLASSES for parent in (folder, *labels)):
         if path.is_file():
-            return path, dict(enumerate(line.strip() for line in _read_text(path).rstrip().splitlines()))
+            return path, dict(enumerate(line.strip() for line in _read_lines(folder, path)))
     raise SourceError(f"{folder}: the classes have no names: expected data.yaml with 'names', or {_CLASSES}")
+
+
+def _read_lines(root: pathlib.Path, path: pathlib.Path) -> list[str]:
+    return limits.read_text(limits.check_inside(root, path)).rstrip().splitlines()
 
 
 def _read_yaml_names(path: pathlib.Path) -> dict[int, str]:
     try:
-        content = yaml.load(_read_text(path), Loader=yaml.BaseLoader)  # the class "no" is a name, not False
+        content = yaml.load(limits.read_text(path), Loader=yaml.BaseLoader)  # the class "no" is a name, not False
         names = content["names"]
-        if isinstance(names, str):
-            raise TypeError(names)
-        return {int(key): str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+        pairs = list(names.items() if isinstance(names, dict) else enumerate(names))
+        # As text, lists of aliases of lists of aliases would be endless.
+        if isinstance(names, str) or not all(isinstance(name, str) for _, name in pairs):
+            raise TypeError("names that are no text")
+        return {int(key): name for key, name in pairs}
     except yaml.YAMLError as error:
         raise SourceError(f"{path}: no valid YAML ({error})") from None
+    except RecursionError:
+        raise SourceError(f"{path}: no usable YAML: it is nested too deeply") from None
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(
             f"{path}: expected 'names', a list of class names or a mapping of class ids to them; found {error!r}"
@@ -79,7 +85,7 @@ class YOLO(Sequence[GroundingExample]):
     """
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
-        self._dataset, self._modality = dataset, modality
+        self._dataset, self._modality, self._folder = dataset, modality, folder
         parts = list(_parts(folder))
         if not parts:
             raise SourceError(f"{folder}: expected images/ and labels/, or train/images/ and train/labels/ ...")
@@ -112,8 +118,8 @@ class YOLO(Sequence[GroundingExample]):
         image_id, path, labels = self._items[index]
         if path is None:
             raise SourceError(f"{labels}: there is no image {image_id}.* in images/")
-        image = store_image(path)
-        lines = _read_text(labels).splitlines() if labels.exists() else []
+        image = store_image(path, root=self._folder)
+        lines = _read_lines(self._folder, labels) if os.path.lexists(labels) else []
         return GroundingExample(
             image=image.encoded,
             image_id=image_id,

@@ -38,8 +38,6 @@ class Checkpoints:
         Raises:
             ValueError: `keep` is less than 1.
         """
-        import grain
-
         if keep < 1:
             raise ValueError(f"config.training.keep_checkpoints is {keep}: it must be at least 1")
         self.directory = pathlib.Path(workdir).resolve() / CHECKPOINTS
@@ -48,7 +46,7 @@ class Checkpoints:
             self.directory,
             item_handlers={  # pyright: ignore[reportArgumentType]
                 "state": ocp.StandardCheckpointHandler(),
-                "loader": grain.checkpoint.CheckpointHandler(),
+                "loader": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(max_to_keep=keep),
@@ -81,13 +79,12 @@ class Checkpoints:
         Args:
             step: steps taken.
             state: of the run.
-            loader: Grain iterator whose next batch is the next to train on.
+            loader: iterator of `train_loader` whose next batch is the next to train on; all processes stand at the
+                same position, and it is written once.
 
         Returns:
             Whether it is written: not if there is one of this step already.
         """
-        import grain
-
         if step in self._manager.all_steps():
             return False
         items: dict[str, Any] = {
@@ -95,7 +92,7 @@ class Checkpoints:
             "meta": ocp.args.JsonSave({"step": step, "processes": jax.process_count(), "jax": jax.__version__}),
         }
         if loader is not None:
-            items["loader"] = grain.checkpoint.CheckpointSave(loader)
+            items["loader"] = ocp.args.JsonSave(loader.get_state())
         return self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, target: TrainState, loader: Any = None, step: int | None = None) -> TrainState:
@@ -103,7 +100,8 @@ class Checkpoints:
 
         Args:
             target: shapes, types and shardings of the state to return, from `abstract_state`.
-            loader: Grain iterator to bring to the position at which the checkpoint was saved.
+            loader: iterator of `train_loader` to bring to the position at which the checkpoint was saved, by as many
+                processes or others.
             step: which checkpoint; None reads the newest.
 
         Returns:
@@ -113,8 +111,6 @@ class Checkpoints:
             FileNotFoundError: there is no such checkpoint.
             ValueError: the checkpoint is of another model, or the loader cannot take up its position.
         """
-        import grain
-
         self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps())
         step = (steps[-1] if steps else None) if step is None else step
@@ -124,16 +120,8 @@ class Checkpoints:
             )
         self._check_shapes(step, target)
         if loader is not None:
-            self._check_loader(step)
+            self._restore_loader(step, loader)
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-        if loader is not None:
-            try:
-                self._manager.restore(step, args=ocp.args.Composite(loader=grain.checkpoint.CheckpointRestore(loader)))
-            except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path(step)}: the loader cannot take up its position ({error!r}); "
-                    "resume with the config.data that the run was started with, num_workers included"
-                ) from error
         return restored["state"]
 
     def _check_shapes(self, step: int, target: TrainState) -> None:
@@ -149,15 +137,20 @@ class Checkpoints:
                 f"resume with the run's own {CONFIG_FILE}, or start a new run in another --workdir"
             )
 
-    def _check_loader(self, step: int) -> None:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if meta["processes"] != jax.process_count():
-            raise ValueError(
-                f"{self.path(step)} was saved by {meta['processes']} processes and this run has {jax.process_count()}: "
-                "the position in the data can only be taken up by as many"
-            )
-        if not (self.path(step) / "loader").is_dir():
+    def _restore_loader(self, step: int, loader: Any) -> None:
+        folder = self.path(step) / "loader"
+        if not folder.is_dir():
             raise ValueError(f"{self.path(step)} was saved without the loader's position")
+        if any(folder.glob("process_*-of-*.json")):
+            raise ValueError(
+                f"{self.path(step)} holds the loader's position as an older version wrote it, for each process: this "
+                "one cannot take it up; start a new run from its parameters with --config.init.model"
+            )
+        state = self._manager.restore(step, args=ocp.args.Composite(loader=ocp.args.JsonRestore()))["loader"]
+        try:
+            loader.set_state(state)
+        except ValueError as error:
+            raise ValueError(f"{self.path(step)}: {error}") from error
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -122,7 +122,9 @@ def test_missing_image_is_an_error(tmp_path):
     ("content", "message"),
     [
         ('{"images": [', "no valid JSON"),
-        ('{"images": [{"id": 1}], "annotations": []}', "'file_name'"),
+        ('{"images": [{"file_name": "a"}], "annotations": []}', "'id'"),
+        ('{"images": [3], "annotations": []}', "not COCO"),
+        ("[" * 10**5, "none"),
         ('{"images": [], "annotations": []}', "names no images"),
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 2}]}', "image id 2, which is not"),
     ],
@@ -131,6 +133,43 @@ def test_bad_file_is_an_error(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(SourceError, match=message):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({}, "'file_name' is None"),
+        ({"file_name": 3}, "'file_name' is 3"),
+        ({"file_name": "a.jpg", "height": "tall", "width": 20}, "'height' and 'width' are 'tall' and 20"),
+        ({"file_name": "a.jpg", "height": float("inf"), "width": 20}, "are inf and 20"),
+        ({"file_name": "a.jpg", "caption": ["a"]}, "caption is no text"),
+        ({"file_name": "a.jpg", "neg_category_ids": [[7]]}, r"no id \[7\]"),
+    ],
+)
+def test_bad_entry_of_an_image_leaves_the_others(tmp_path, entry, message):
+    write_coco(tmp_path, annotations=[annotation()])
+    path = tmp_path / "annotations/instances.json"
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 2, **entry})
+    path.write_text(json.dumps(content))
+    source = read(tmp_path)
+    assert len(source[0].regions) == 1
+    with pytest.raises(SourceError, match=f"image id 2.*{message}"):
+        source[1]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], "far outside the image"),
+        ([[0, 0, float("nan"), 0, 5, 5]], "far outside the image"),
+        ({"size": [65535, 65535], "counts": "04"}, r"mask is of size \[65535, 65535\]"),
+    ],
+)
+def test_segmentation_that_would_take_all_memory_is_refused(tmp_path, segmentation, message):
+    write_coco(tmp_path, annotations=[annotation(segmentation=segmentation)])
+    with pytest.raises(SourceError, match=f"annotation id 3.*{message}"):
+        read(tmp_path)[0]
 
 
 def test_several_files_are_an_error_that_lists_them(tmp_path):

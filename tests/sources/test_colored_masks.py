@@ -156,8 +156,8 @@ def test_missing_image_and_two_masks_of_one_image_are_errors(tmp_path):
     with pytest.raises(SourceError, match=r"a.png: there is no image a"):
         read(tmp_path)[0]
     write_colored(tmp_path, {"1": "polyp"}, mask_name="a_mask")
-    with pytest.raises(SourceError, match=r"several masks of one image: .*a\.png, .*a_mask\.png"):
-        read(tmp_path)
+    with pytest.raises(SourceError, match=r"has several masks: .*a\.png, .*a_mask\.png"):
+        read(tmp_path)[0]
 
 
 def test_missing_table_and_empty_folders_are_errors(tmp_path):

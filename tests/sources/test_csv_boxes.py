@@ -1,9 +1,12 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines.curate import SourceError, hash_patient
-from data_pipelines.sources import load_source
+from data_pipelines.sources import detect_source, load_source
+from tests.sources.radiographs import PATIENT, write_radiograph
 
 RSNA = "patientId,x,y,width,height,Target"
 VINDR = "image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max"
@@ -52,7 +55,7 @@ def test_vindr_keeps_every_readers_box_and_no_finding_is_a_normal_image(tmp_path
 def test_nih_header_with_commas_and_patients_in_the_names(tmp_path):
     line = "00013118_008.png,Infiltrate,2.5,5,10,20,,,"
     (example,) = read(write_csv(tmp_path, NIH, line, images=["00013118_008"]))
-    assert boxes(example) == [("lung_opacity", [2.5, 5, 12.5, 25])]
+    assert boxes(example) == [("lung_infiltrate", [2.5, 5, 12.5, 25])]
     assert (example.image_id, example.patient_id) == ("00013118_008", hash_patient("00013118"))
 
 
@@ -125,3 +128,41 @@ def test_several_files_are_an_error_and_one_can_be_chosen(tmp_path):
     with pytest.raises(SourceError, match=r"boxes\.csv, .*other\.csv"):
         read(tmp_path)
     assert len(read(tmp_path / "annotations/other.csv")[0].regions) == 1
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ".dicom"])
+def test_radiographs_may_be_dicom_files(tmp_path, suffix):
+    pytest.importorskip("pydicom")
+    write_csv(tmp_path, VINDR, "a,Mass,1,R8,1,2,3,4", "b,Mass,1,R8,1,2,3,4", images=("b",))
+    write_radiograph(tmp_path / f"train/a{suffix}", PixelSpacing=[0.2, 0.3])
+    assert detect_source(tmp_path) == "csv"
+    source = load_source("auto", tmp_path, dataset="chests")
+    first, second = source
+    assert boxes(first) == boxes(second) != []
+    assert (first.height, first.width, first.spacing_mm, first.modality) == (30, 40, (0.2, 0.3), "xray")
+    assert first.patient_id == hash_patient(f"chests/patient/{PATIENT}")
+    assert (second.height, second.spacing_mm, second.patient_id) == (40, (0, 0), "")
+    assert source.unused == []
+
+
+def test_patient_column_goes_before_the_dicom_header(tmp_path):
+    pytest.importorskip("pydicom")
+    write_radiograph(write_csv(tmp_path, RSNA, "a,1,2,3,4,1", images=()) / "stage_2_train_images/a.dcm")
+    assert read(tmp_path)[0].patient_id == hash_patient("a")
+
+
+def test_dicom_file_beside_an_image_of_its_name_is_an_error(tmp_path):
+    write_csv(tmp_path, VINDR, "a,Mass,1,R8,1,2,3,4")
+    (tmp_path / "images/a.dcm").touch()
+    with pytest.raises(SourceError, match=r"a.png and .*a.dcm have the same name"):
+        read(tmp_path)
+
+
+def test_boxes_on_real_dicom_slices(tmp_path, shared_dir):
+    pytest.importorskip("pydicom")
+    for index, path in enumerate(sorted((shared_dir / "data/totalsegmentator/ct_dicom/series").iterdir())[:2]):
+        shutil.copy(path, tmp_path / f"s{index}.dcm")
+    write_csv(tmp_path, "image,label,x0,y0,x1,y1", "s0,liver,10,20,300,200", "s1.dcm,liver,1,2,30,40", images=())
+    first, second = load_source("csv", tmp_path, dataset="slices")
+    assert (first.modality, first.height, boxes(first)) == ("ct", 512, [("liver", [10, 20, 300, 200])])
+    assert first.patient_id == second.patient_id

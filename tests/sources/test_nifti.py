@@ -1,6 +1,9 @@
+import gzip
 import io
 import itertools
 import json
+import os
+import struct
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from pycocotools import mask as coco_mask
 
 from data_pipelines.build import build
 from data_pipelines.curate import SourceError
-from data_pipelines.sources import detect_source, load_source
+from data_pipelines.limits import Limits, use_limits
+from data_pipelines.sources import detect_source, load_source, nifti
 from data_pipelines.sources.nifti import NIfTI
 from data_pipelines.taxonomy import load_taxonomy
 from data_pipelines.volumes import SliceRule
@@ -290,6 +294,81 @@ def test_bad_names_are_errors(tmp_path, content, message):
     (tmp_path / "dataset.json").write_text(content)
     with pytest.raises(SourceError, match=message):
         read(tmp_path)[0]
+
+
+def claim(path, shape=None, offset=None):
+    """Writes another size, or beginning of the voxels, into the header of a NIfTI-1 file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
+        content = bytearray(file.read())
+    if shape:
+        struct.pack_into("<8h", content, 40, 3, *shape, 1, 1, 1, 1)
+    if offset:
+        struct.pack_into("<f", content, 108, offset)
+    with opener(path, "wb") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize(
+    ("claims", "limits", "message"),
+    [
+        ({"shape": (32767, 32767, 32767)}, {}, "voxels .* raise the limit volume_voxels"),
+        ({"shape": (1200, 1200, 1200)}, {}, "announces 3,456,000,000 bytes of voxels, which a file of .* cannot hold"),
+        ({"offset": 1e12}, {}, "voxels begin at byte 1e.12"),
+        ({"offset": float("nan")}, {}, "voxels begin at byte nan"),
+        ({}, {"volume_voxels": 32 * 45 * 20 - 1}, "raise the limit volume_voxels"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ct.nii.gz", "ct.nii"])
+def test_header_that_claims_too_much_is_refused_before_memory_goes_to_it(tmp_path, name, claims, limits, message):
+    write_case(tmp_path)
+    (tmp_path / "s1/ct.nii.gz").unlink()
+    claim(save(tmp_path / "s1" / name, draw_body()[0]), **claims)
+    with use_limits(Limits(**limits)), pytest.raises(SourceError, match=f"{name}: .*{message}"):
+        read(tmp_path)[0]
+
+
+def test_entities_in_a_label_table_are_refused(tmp_path):
+    write_case(tmp_path, table='<!DOCTYPE a [<!ENTITY b "c">]>' + TABLE)
+    with pytest.raises(SourceError, match=r"multilabel.nii.gz: the label table .* has a DOCTYPE"):
+        read(tmp_path)[0]
+
+
+def test_bad_table_of_a_case_leaves_the_other_cases(tmp_path):
+    write_case(write_case(tmp_path, "s1"), "s2")
+    (tmp_path / "s1/labels.json").write_text("[")
+    source = read(tmp_path)
+    with pytest.raises(SourceError, match=r"s1/labels.json: no valid JSON"):
+        source[0]
+    assert {source[i].image_id.split("/")[0] for i in range(1, len(source))} == {"s2"}
+
+
+def test_plans_spare_the_labels_until_something_changes(tmp_path, monkeypatch):
+    write_case(write_case(tmp_path / "in", "s1"), "s2")
+
+    def open_source(**rule):
+        return NIfTI(tmp_path / "in", dataset="d", rule=SliceRule(**rule), plans=str(tmp_path / "plans"))
+
+    def reads(**rule) -> int:
+        count = []
+        usual = nifti.read_multilabel
+        with monkeypatch.context() as patch:
+            patch.setattr(nifti, "read_multilabel", lambda *a: count.append(1) or usual(*a))
+            open_source(**rule)
+        return len(count)
+
+    first = open_source()
+    assert reads() == 0
+    again = open_source()
+    assert [e.image_id for e in again] == [e.image_id for e in first] == [e.image_id for e in read(tmp_path / "in")]
+    assert (again.dropped, again.unused) == (first.dropped, first.unused)
+    assert reads(planes=("axial",)) == 2
+    os.utime(tmp_path / "in/s2/multilabel.nii.gz", ns=(1, 1))
+    assert reads() == 1
+    for path in (tmp_path / "plans").iterdir():
+        assert "s1" not in path.name + path.read_text()
+        path.write_text("[[1]]")
+    assert reads() == 2
 
 
 def test_a_damaged_case_is_one_item_and_leaves_the_others(tmp_path):

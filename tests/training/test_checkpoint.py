@@ -86,8 +86,8 @@ def loader_of(tmp_path_factory):
     data = get_config().data
     data.train, data.canvas, data.num_threads, data.prefetch = str(folder), (64, 64), 1, 2
 
-    def make():
-        return train_loader(data, seed=5, batch_size=4, process_index=0, process_count=1)
+    def make(process=0, processes=1):
+        return train_loader(data, seed=5, batch_size=4 // processes, process_index=process, process_count=processes)
 
     return make
 
@@ -156,31 +156,38 @@ def test_checkpoint_without_a_position_is_no_start_for_a_loader(run, parts, load
     loader.close()
 
 
-def test_position_of_another_number_of_processes_is_refused(run, parts, loader_of):
-    (path,) = (run / "checkpoints" / "2" / "meta").glob("metadata")
-    path.write_text(path.read_text().replace('"processes": 1', '"processes": 4'))
+def test_other_processes_take_up_the_position_together(tmp_path, parts, state, loader_of):
     loader, target = loader_of(), abstract_state(*parts, mesh_of(1, 1, 1))
-    with Checkpoints(run, keep=5) as checkpoints:
-        checkpoints.restore(target)
-        with pytest.raises(ValueError, match="checkpoints/2 was saved by 4 processes and this run has 1"):
+    next(loader)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, loader)
+        expected = next(loader)["image_id"].tolist()
+        loader.close()
+        found = []
+        for process in range(2):
+            part = loader_of(process=process, processes=2)
+            checkpoints.restore(target, part)
+            found.append(next(part)["image_id"].tolist())
+            part.close()
+    assert [image_id for places in zip(*found, strict=True) for image_id in places] == expected
+
+
+def test_position_as_older_versions_wrote_it_is_a_clear_error(tmp_path, parts, state, loader_of):
+    loader, target = loader_of(), abstract_state(*parts, mesh_of(1, 1, 1))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, loader)
+    folder = tmp_path / "checkpoints" / "1" / "loader"
+    (folder / "process_0-of-1.json").write_text('{"next_index": 4}')
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with pytest.raises(
+            ValueError, match=r"checkpoints/1 holds the loader's position as an older version.*init\.model"
+        ):
+            checkpoints.restore(target, loader)
+        (folder / "process_0-of-1.json").unlink()
+        (folder / "metadata").write_text('{"next_index": 4}')
+        with pytest.raises(ValueError, match=r"checkpoints/1: .*no position in the training data"):
             checkpoints.restore(target, loader)
     loader.close()
-
-
-def test_loader_that_cannot_take_up_its_position_is_a_clear_error(tmp_path, parts, state):
-    class OtherLoader:
-        """As Grain's iterators do when they have other workers than the ones that saved."""
-
-        def get_state(self):
-            return b"{}"
-
-        def set_state(self, state):
-            raise KeyError("next_index")
-
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(1, state, OtherLoader())
-        with pytest.raises(ValueError, match=r"checkpoints/1: the loader cannot take up its position.*num_workers"):
-            checkpoints.restore(abstract_state(*parts, mesh_of(1, 1, 1)), OtherLoader())
 
 
 def test_model_of_another_size_is_named_by_its_parameters(run, parts):

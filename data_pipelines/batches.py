@@ -1,0 +1,118 @@
+"""Rows to batches: made ahead by threads or processes, and a position that any number of processes can go on from."""
+
+import logging
+from typing import Any
+
+import cv2
+import grain
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_pipelines.quarantine import Quarantine
+
+_BATCHES_AHEAD = 1  # stacked while the step before runs
+
+Batch = dict[str, np.ndarray]
+
+_log = logging.getLogger(__name__)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Keeps OpenCV to one thread: threads and processes of the loader share the cores already."""
+    cv2.setNumThreads(0)
+
+
+def make_batches(examples: grain.MapDataset, data: ConfigDict, batch_size: int) -> grain.IterDataset:
+    """Batches examples that threads, or processes, make ahead; the order does not depend on how many there are."""
+    cv2.setNumThreads(0)
+    options = grain.ReadOptions(num_threads=data.num_threads, prefetch_buffer_size=data.prefetch)
+    if not data.num_workers:
+        made = examples.to_iter_dataset(options)
+    else:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags; outside absl.app.run nobody has parsed them
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(
+            num_workers=data.num_workers, per_worker_buffer_size=max(1, data.prefetch // data.num_workers)
+        )
+        made = examples.to_iter_dataset(options).mp_prefetch(workers, _start_worker)
+    batches = made.batch(batch_size, drop_remainder=True)
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
+
+
+class TrainBatches(grain.DatasetIterator[Batch]):
+    """The endless training batches of a process; `train_loader` says what is in them.
+
+    Its state, {"position": places of the series that all processes have taken, "series": which series}, is the same in
+    every process and whatever the number of threads, workers and processes.
+
+    Attributes:
+        rows: the row of a batch at each place of the endless series.
+        quarantine: the corrupt records so far.
+    """
+
+    def __init__(
+        self,
+        rows: grain.MapDataset[dict[str, Any]],
+        data: ConfigDict,
+        quarantine: Quarantine,
+        *,
+        series: str,
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ):
+        super().__init__()
+        self.rows, self._data, self._series = rows, data, series
+        self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
+        self._position = 0
+        self._iterator: grain.DatasetIterator[Batch] | None = None
+        self.quarantine = quarantine
+
+    def __next__(self) -> Batch:
+        self._assert_not_closed()
+        if self._iterator is None:
+            rows = self.rows[self._position + self._process_index :: self._process_count]
+            self._iterator = iter(make_batches(rows, self._data, self._batch_size))
+        batch = next(self._iterator)
+        self._position += self._batch_size * self._process_count
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns where the next batch starts."""
+        return {"position": self._position, "series": self._series}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on where a state was taken, with the next batch exactly as it would have been.
+
+        A state of another seed, of other records or of another mixture is logged: the place is the same, but not
+        what stands there.
+
+        Raises:
+            ValueError: the state is not of this class.
+        """
+        position = state.get("position") if isinstance(state, dict) else None
+        if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+            raise ValueError(
+                f"{state!r} is no position in the training data: an older version wrote it for a fixed number of "
+                "processes; start a new run from the checkpoint's parameters (config.init.model)"
+            )
+        if state.get("series") != self._series:
+            _log.warning(
+                "seed, records or mixture are not those that the run was started with: it goes on at place %d of "
+                "another series of examples",
+                position,
+            )
+        self._stop()
+        self._position = position
+
+    def _stop(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def close(self) -> None:
+        """Ends threads and workers."""
+        self._stop()
+        super().close()

@@ -1,0 +1,257 @@
+"""Prompts: phrases or a sentence as tokens, and which tokens stand for which phrase.
+
+As GLIP does (maskrcnn_benchmark/data/datasets/od_to_grounding.py): phrases joined by ". " without one at the end.
+Training, evaluation and inference use the same code.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from data_pipelines.sides import Span
+from data_pipelines.taxonomy import load_taxonomy
+from data_pipelines.tokenization import TextTokenizer
+
+SEPARATOR = ". "
+_NAMED = 5  # phrases that an error message lists
+_MODALITY_WORDS = {
+    "xray": "x-ray",
+    "ct": "CT",
+    "mri": "MRI",
+    "ultrasound": "ultrasound",
+    "endoscopy": "endoscopy",
+    "dermoscopy": "dermoscopy",
+    "fundus": "fundus photograph",
+    "histopathology": "histopathology",
+    "microscopy": "microscopy",
+    "oct": "OCT",
+    "pet": "PET",
+}
+_OF_ANY_REGION = ("xray", "ct", "mri", "ultrasound", "pet")  # the others show one part of the body each
+_REGION_WORDS = {"head_neck": "head and neck", "chest": "chest", "abdomen": "abdominal", "pelvis": "pelvic"}
+
+
+class PromptTooLong(ValueError):
+    """A prompt that needs more tokens than there are.
+
+    Attributes:
+        phrases: those that fell off.
+    """
+
+    def __init__(self, phrases: Sequence[str], num_tokens: int, max_tokens: int):
+        self.phrases, self.num_tokens, self.max_tokens = tuple(phrases), num_tokens, max_tokens
+        named = ", ".join(repr(phrase) for phrase in phrases[:_NAMED])
+        more = f" and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""
+        fallen = f": {named}{more} fell off" if phrases else ""
+        super().__init__(
+            f"the prompt needs {num_tokens} tokens and {max_tokens} are allowed{fallen}; "
+            "use fewer or shorter phrases, or raise config.data.max_tokens"
+        )
+
+    def __reduce__(self):
+        return PromptTooLong, (self.phrases, self.num_tokens, self.max_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt of L tokens, padding included, for K phrases.
+
+    Attributes:
+        text: what was tokenised.
+        input_ids: int32[L].
+        attention_mask: int32[L], 0 on padding.
+        positive_map: float32[K, L]; row k is spread evenly over the tokens of phrase k, without separators, and sums
+            to 1.
+        phrases: the K phrases.
+    """
+
+    text: str
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    positive_map: np.ndarray
+    phrases: tuple[str, ...]
+
+
+def _make_prompt(
+    text: str,
+    phrases: Sequence[str],
+    spans: Sequence[Sequence[Span]],
+    tokenizer: TextTokenizer,
+    max_tokens: int,
+) -> Prompt:
+    """Tokenises `text`, of which phrase k is the characters `spans[k]`; words of no phrase may fall off its end."""
+    encoding = tokenizer.encode(text)
+    ids, offsets, tail = encoding.ids, encoding.offsets, tokenizer.num_trailing
+    reach = np.asarray(offsets, np.int64).reshape(-1, 2)
+    tokens = np.zeros((len(phrases), len(ids)), bool)
+    for row, phrase_spans in zip(tokens, spans, strict=True):
+        for start, end in phrase_spans:
+            row |= (reach[:, 0] < end) & (reach[:, 1] > start)
+    found = tokens.any(axis=1)
+    if not found.all():
+        missing = phrases[int(np.argmin(found))]
+        raise ValueError(f"the tokenizer keeps nothing of the phrase {missing!r}: leave it out or rename it")
+    if len(ids) > max_tokens:
+        kept = max_tokens - tail
+        fallen = tokens[:, max(kept, 0) :].any(axis=1)
+        if fallen.any() or kept < tokenizer.num_leading:
+            raise PromptTooLong([phrases[k] for k in np.flatnonzero(fallen).tolist()], len(ids), max_tokens)
+        ids = ids[:kept] + ids[len(ids) - tail :]
+        tokens = tokens[:, :max_tokens]
+    input_ids = np.full(max_tokens, tokenizer.pad_id, np.int32)
+    input_ids[: len(ids)] = ids
+    positive_map = np.zeros((len(phrases), max_tokens), np.float32)
+    positive_map[:, : len(ids)] = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
+    attention_mask = (np.arange(max_tokens) < len(ids)).astype(np.int32)
+    return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases))
+
+
+def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> Prompt:
+    """Joins phrases into one prompt, in their order.
+
+    Args:
+        phrases: K phrases; white space around them does not count.
+        tokenizer: makes the tokens.
+        max_tokens: length L of the prompt, special tokens included.
+        prefix: words before the phrases that belong to none of them, as `make_prefix` writes them.
+
+    Raises:
+        ValueError: a phrase is empty.
+        PromptTooLong: not all of them fit; it names those that do not.
+    """
+    phrases = [strip_phrase(phrase) for phrase in phrases]
+    spans, start = [], len(prefix)
+    for phrase in phrases:
+        spans.append([(start, start + len(phrase))])
+        start += len(phrase) + len(SEPARATOR)
+    return _make_prompt(prefix + SEPARATOR.join(phrases), phrases, spans, tokenizer, max_tokens)
+
+
+def strip_phrase(phrase: str) -> str:
+    """Returns the phrase without white space around it.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    stripped = phrase.strip()
+    if not stripped:
+        raise ValueError(f"a phrase is empty ({phrase!r}): a prompt's phrases must have words, as 'left lung'")
+    return stripped
+
+
+def token_budget(tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> int:
+    """Returns the tokens of a prompt that phrases may take, each with a separator after it."""
+    return (
+        max_tokens
+        - tokenizer.count(prefix)
+        - tokenizer.num_leading
+        - tokenizer.num_trailing
+        + tokenizer.count(SEPARATOR.strip())
+    )
+
+
+def token_cost(phrase: str, tokenizer: TextTokenizer) -> int:
+    """Returns the tokens of a phrase with its separator (exact where words are tokenised one by one, as in BERT)."""
+    return tokenizer.count(phrase) + tokenizer.count(SEPARATOR.strip())
+
+
+def build_prompts(
+    phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: int, prefix: str = ""
+) -> list[tuple[Prompt, list[int]]]:
+    """Spreads phrases over as few prompts as hold them in their order; with each, the indices of its phrases.
+
+    All of them begin with the same `prefix`. `order_by_body_region` gives an order in which a prompt's phrases belong
+    together.
+
+    Raises:
+        ValueError: there are no phrases, or one is empty.
+        PromptTooLong: a phrase alone does not fit into a prompt.
+    """
+    if not phrases:
+        raise ValueError("there are no phrases to look for: give at least one")
+    budget = token_budget(tokenizer, max_tokens, prefix)
+    prompts: list[tuple[Prompt, list[int]]] = []
+    start = 0
+    while start < len(phrases):
+        end, used = start, 0
+        while end < len(phrases) and (used := used + token_cost(strip_phrase(phrases[end]), tokenizer)) <= budget:
+            end += 1
+        end = max(end, start + 1)
+        while True:
+            try:
+                prompt = build_prompt(phrases[start:end], tokenizer, max_tokens, prefix)
+                prompts.append((prompt, list(range(start, end))))
+                break
+            except PromptTooLong:
+                end -= 1
+                if end == start:
+                    raise
+        start = end
+    return prompts
+
+
+def build_caption_prompt(
+    caption: str,
+    spans: Sequence[Sequence[Span]],
+    tokenizer: TextTokenizer,
+    max_tokens: int,
+    prefix: str = "",
+) -> Prompt:
+    """Takes a free sentence as the prompt.
+
+    Args:
+        caption: the sentence. Words beyond the limit are cut off where no span reaches them.
+        spans: for each of the K phrases, the characters (start, end) of its words in the caption, half-open.
+        tokenizer: makes the tokens.
+        max_tokens: length L of the prompt, special tokens included.
+        prefix: words before the sentence that belong to no phrase, as `make_prefix` writes them.
+
+    Returns:
+        The prompt; its phrases are the words of each span, joined by spaces.
+
+    Raises:
+        ValueError: a phrase has no span, or one that holds no words or is not inside the caption.
+        PromptTooLong: words of a span fell off; it names them.
+    """
+    phrases = []
+    for phrase_spans in spans:
+        if not phrase_spans or not all(0 <= start < end <= len(caption) for start, end in phrase_spans):
+            raise ValueError(
+                f"spans {list(phrase_spans)} are not inside the caption {caption!r} of {len(caption)} characters"
+            )
+        phrases.append(strip_phrase(" ".join(caption[start:end] for start, end in phrase_spans)))
+    shift = len(prefix)
+    spans = [[(start + shift, end + shift) for start, end in phrase_spans] for phrase_spans in spans]
+    return _make_prompt(prefix + caption, phrases, spans, tokenizer, max_tokens)
+
+
+def make_prefix(modality: str, body_regions: Iterable[str] = ()) -> str:
+    """Returns words that say what kind of image it is: "chest x-ray: ", "CT: "; "" for an unknown modality.
+
+    Args:
+        modality: one of `schema.MODALITIES`.
+        body_regions: body regions of the taxonomy, as often as the image shows something of them. The one that more
+            than half of them name is said, where the modality does not say as much itself.
+    """
+    words = _MODALITY_WORDS.get(modality, "")
+    counts = collections.Counter(body_regions)
+    region, count = counts.most_common(1)[0] if counts else ("", 0)
+    if words and modality in _OF_ANY_REGION and 2 * count > counts.total() and region in _REGION_WORDS:
+        words = f"{_REGION_WORDS[region]} {words}"
+    return f"{words}: " if words else ""
+
+
+def order_by_body_region(phrases: Sequence[str]) -> list[int]:
+    """Returns the indices of phrases so that those of one body region follow each other; unknown ones come last.
+
+    Regions come in the order of their first phrase, and phrases keep their order within one.
+    """
+    taxonomy = load_taxonomy()
+    groups: dict[str, list[int]] = {}
+    for index, phrase in enumerate(phrases):
+        known = taxonomy.find(phrase)
+        groups.setdefault(known.body_region if known else "", []).append(index)
+    unknown = groups.pop("", [])
+    return [index for group in (*groups.values(), unknown) for index in group]
