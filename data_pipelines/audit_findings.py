@@ -101,7 +101,7 @@ KINDS: dict[str, Kind] = {
     "unknown_label": Kind(
         "warning",
         "Label unknown to the taxonomy",
-        "It is used as it is, without synonyms, side and parents: rename it, or add it to labels.yaml.",
+        "It is used as it is, without synonyms, side and parents: map it, rename it, or add it to the taxonomy.",
     ),
     "label_not_in_train": Kind(
         "warning", "Label that train lacks", "Another split shows a label that training never sees."

@@ -139,7 +139,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--mapping", default="", help="bundled mapping of the labels (see docs/data.md), or a YAML file of your own")
     add("--unmapped", choices=UNMAPPED, default="stop", help="at a label that maps to nothing; default: stop")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, as step_mm=5; repeatable")
-    add("--referring", type=int, default=0, help="referring expressions to make for an image, at most; default: 0")
+    add("--referring", type=int, default=0, help="regions of an image to make expressions for; default: 0")
     add("--shard-size", type=float, default=SHARD_BYTES / 2**20, metavar="MB", help="default: %(default)g")
     add("--num-shards", type=int, default=0, help="of each split, instead of --shard-size")
     add("--on-error", choices=ON_ERROR, default="stop", help="at an image that cannot be used; default: stop")

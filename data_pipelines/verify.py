@@ -1,6 +1,6 @@
 """Verifies records: every shard has the bytes that it had when it was built.
 
-    medglip data verify RECORDS
+medglip data verify RECORDS
 """
 
 import argparse

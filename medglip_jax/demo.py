@@ -71,7 +71,7 @@ def make_records(workdir: pathlib.Path, data: str, config: ConfigDict, count: in
     source = load_source("auto", data, dataset="demo")
     if len(source) < 2:
         raise SourceError(f"{data} has one image: the demo needs one to train on and another to evaluate on")
-    build(source, records, name="demo", eval_fraction=EVAL_FRACTION["folder"], on_error="skip")
+    build(source, records, name="demo", eval_fraction=EVAL_FRACTION["folder"], on_error="skip", unmapped="keep")
     return records
 
 

@@ -201,7 +201,7 @@ def test_queries_tell_the_nodules_of_a_chest_apart():
     assert found["the lung nodule in the lower left part of the image"] == (5,)
     assert "the lung nodule inside the right lung" not in found  # there are two
     assert not [
-        text for text in found if "elongated left lung" in text or "large" in text and "lung nodule" not in text
+        text for text in found if "elongated left lung" in text or ("large" in text and "lung nodule" not in text)
     ]
 
 

@@ -149,11 +149,11 @@ class _UnitReader:
 
     def _refer(self, example: GroundingExample) -> GroundingExample:
         """Adds sentences about the regions, the same for an image at every build."""
-        from data_pipelines.referring import ReferringRule, refer
+        from data_pipelines.referring import ReferRule, refer
 
         seed = hashlib.sha256(f"{self._name}/{example.image_id}".encode(errors="surrogatepass")).digest()
         rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
-        expressions, dropped = refer(example, rng, ReferringRule(most=self._recipe.referring))
+        expressions, dropped = refer(example, rng, ReferRule(regions=self._recipe.referring))
         self._expressions.update(dropped)
         self._expressions["kept"] += len(expressions)
         return dataclasses.replace(example, expressions=(*example.expressions, *expressions))

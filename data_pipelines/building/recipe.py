@@ -85,7 +85,7 @@ class Recipe:
         split_seed: of that choice.
         held_out: see `HeldOut`.
         rules: what is done about conflicts.
-        referring: at most so many referring expressions are made for an image from its masks; 0 for none.
+        referring: most regions of an image that referring expressions are made for, from masks; 0 for none.
         on_error: "stop" at an image that cannot be used, or "skip" and count it.
     """
 

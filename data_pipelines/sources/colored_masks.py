@@ -147,6 +147,8 @@ class ColoredMasks(Sequence[GroundingExample]):
     counts those. Images without a mask are unused.
     """
 
+    SUPERSEDES = ("triplets",)  # whose lists of records a table of labels may look like
+
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality = dataset, modality
         table, mask_folder = _find_table(folder), _find_masks(folder)

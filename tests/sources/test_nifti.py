@@ -375,9 +375,10 @@ def test_a_damaged_case_is_one_item_and_leaves_the_others(tmp_path):
     write_case(write_case(tmp_path, "s1"), "s2")
     truncate(tmp_path / "s1" / "multilabel.nii.gz")
     metadata = build(read(tmp_path), tmp_path / "records", name="volumes", on_error="skip", progress=False)
-    assert len(metadata["build"]["skipped"]) == 1
+    told = metadata["build"]["data_sets"]["volumes"]
+    assert told["skipped"] == 1
     assert metadata["splits"]["train"]["num_examples"] == len(read(tmp_path)) - 1
-    assert "too small" in metadata["build"]["dropped"]
+    assert "too small" in told["dropped"]
 
 
 def test_case_without_large_structures_is_unused(tmp_path):
