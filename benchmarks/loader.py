@@ -58,6 +58,7 @@ def make_examples(count: int) -> Iterator[GroundingExample]:
 def bare(images: list[bytes], sizes: list[int], threads: int) -> Iterator[int]:
     def work(index: int) -> int:
         pixels = cv2.imdecode(np.frombuffer(images[index % len(images)], np.uint8), cv2.IMREAD_COLOR_RGB)
+        assert pixels is not None
         size = sizes[index % len(sizes)]
         cv2.resize(pixels, (size, size), interpolation=cv2.INTER_AREA)
         return 1
@@ -96,7 +97,9 @@ class Rows:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
+        row = self.rows[index]
+        assert row is not None
+        return row
 
 
 def torch_loader(data: Any, workers: int, count: int) -> Iterator[int]:
@@ -104,7 +107,11 @@ def torch_loader(data: Any, workers: int, count: int) -> Iterator[int]:
 
     torch.set_num_threads(1)
     loader = torch.utils.data.DataLoader(
-        Rows(data, count), batch_size=BATCH, num_workers=workers, drop_last=True, worker_init_fn=start_worker
+        Rows(data, count),  # pyright: ignore[reportArgumentType] - a map-style data set needs no base class
+        batch_size=BATCH,
+        num_workers=workers,
+        drop_last=True,
+        worker_init_fn=start_worker,
     )
     for batch in loader:
         yield len(batch["image"])

@@ -190,11 +190,15 @@ class _Guarded:
         return self._file.read(size)
 
 
+def _open_tar(file: Any) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:")
+
+
 def _tar_entries(
     archive: pathlib.Path, folder: pathlib.Path, budget: _Budget
 ) -> Iterator[tuple[str, int, IO[bytes] | None]]:
     opener = _OPENERS.get(archive.suffix.lower(), open)
-    with opener(archive, "rb") as file, tarfile.open(fileobj=_Guarded(file, archive), mode="r:") as content:
+    with opener(archive, "rb") as file, _open_tar(_Guarded(file, archive)) as content:
         for entry in content:
             if not (entry.isreg() or entry.isdir()):
                 raise SourceError(f"{archive}: {entry.name!r} is a link or a device: pack the files themselves")

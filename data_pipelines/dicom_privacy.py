@@ -245,7 +245,8 @@ def check_burned_in(header: Any, path: str | os.PathLike, allow: bool = False) -
         if not (allow or current_limits().allow_burned_in):
             raise SourceError(
                 f"{path}: says that identifying text is burned into its pixels (BurnedInAnnotation YES); paint it over "
-                "and set the attribute to NO, or, if such text may be in the records, allow it (allow_burned_in)"
+                "and set the attribute to NO, or, if such text may be in the records, allow it (--limits "
+                "allow_burned_in=true)"
             )
         notes.append(_BURNED_IN)
     elif burned_in != "NO":

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import stat
@@ -51,8 +52,13 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(field.default, bool) and not value > 0:
-                raise ValueError(f"the limit {field.name} must be above 0, not {value}")
+            if isinstance(field.default, bool):
+                if not isinstance(value, bool):
+                    raise ValueError(f"the limit {field.name} must be true or false, not {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"the limit {field.name} must be a number above 0, not {value!r}")
+            elif isinstance(field.default, int):
+                object.__setattr__(self, field.name, int(value))  # 1e9 means so many bytes
 
 
 _LIMITS: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
@@ -86,7 +92,7 @@ def check_amount(amount: int | float, field: str, where: object, what: str) -> N
     if amount > limit:
         raise SourceError(
             f"{where}: {amount:,.4g} {what} are more than the {limit:,.4g} that are allowed; if the file is sound, "
-            f"raise the limit {field}"
+            f"raise the limit {field} (--limits {field}=N)"
         )
 
 
@@ -146,7 +152,7 @@ def check_inside(root: str | os.PathLike, path: str | os.PathLike) -> pathlib.Pa
         if place != top and not place.startswith(os.path.join(top, "")):
             raise SourceError(
                 f"{path}: a symbolic link leads out of {root}; put the file itself there, or allow such links "
-                "(follow_symlinks)"
+                "(--limits follow_symlinks=true)"
             )
     return pathlib.Path(path)
 

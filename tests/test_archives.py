@@ -129,12 +129,13 @@ def test_bomb_is_refused_by_its_ratio(tmp_path, monkeypatch, name):
         assert len(contents(open_input(path, tmp_path / "work"))["a"]) == 10**6
 
 
-def test_size_in_a_zip_header_is_not_believed(tmp_path):
+@pytest.mark.parametrize("size", [10, 6000])
+def test_size_in_a_zip_header_is_not_believed(tmp_path, size):
     path = write_zip(tmp_path / "a.zip", {"a": b"x" * 5000})
     content = bytearray(path.read_bytes())
     for mark, place in ((b"PK\1\2", 24), (b"PK\3\4", 22)):  # the size of the file, in both of its headers
         start = content.index(mark) + place
-        content[start : start + 4] = (10).to_bytes(4, "little")
+        content[start : start + 4] = size.to_bytes(4, "little")
     path.write_bytes(content)
     refuse(path, tmp_path / "work", "cannot be unpacked|is cut short")
 

@@ -69,7 +69,7 @@ def test_without_a_window_percentiles_without_the_padding_are_black_and_white(tm
     values = np.full((20, 20), 4095, np.uint16)
     values[5:15, 5:15] = np.arange(100).reshape(10, 10) + 1000
     padding = {"PixelPaddingValue": 4000, "PixelPaddingRangeLimit": 4095}
-    for elements in (padding, {**padding, "WindowCenter": 0, "WindowWidth": 0}):
+    for elements in (padding, *({**padding, "WindowCenter": 0, "WindowWidth": width} for width in (0, -50))):
         _, pixels = read(write_radiograph(tmp_path / "a.dcm", values, **elements))
         assert (pixels[5, 5], pixels[14, 14], pixels[0, 0]) == (0, 255, 0)
         assert abs(int(pixels[10, 5]) - 128) <= 2

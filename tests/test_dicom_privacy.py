@@ -207,7 +207,9 @@ def test_file_with_wrong_bytes_is_read_or_refused(tmp_path_factory, data):
 @pytest.mark.parametrize("value", ["YES", "yes "])
 def test_burned_in_text_is_refused_unless_allowed(value):
     header = {"BurnedInAnnotation": value}
-    with pytest.raises(SourceError, match=r"a\.dcm: .*BurnedInAnnotation YES.*allow it \(allow_burned_in\)"):
+    with pytest.raises(
+        SourceError, match=r"a\.dcm: .*BurnedInAnnotation YES.*allow it \(--limits allow_burned_in=true\)"
+    ):
         check_burned_in(header, "a.dcm")
     (note,) = check_burned_in(header, "a.dcm", allow=True)
     with use_limits(Limits(allow_burned_in=True)):

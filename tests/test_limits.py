@@ -44,8 +44,29 @@ def test_limits_hold_inside_the_block_and_in_its_thread_only():
         thread.start()
         thread.join()
     assert seen == [current_limits()] == [Limits()]
-    with pytest.raises(ValueError, match="image_pixels must be above 0"):
-        Limits(image_pixels=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_pixels": 0}, "image_pixels must be a number above 0, not 0"),
+        ({"image_pixels": True}, "image_pixels must be a number above 0, not True"),
+        ({"archive_ratio": None}, "archive_ratio must be a number above 0, not None"),
+        ({"volume_voxels": float("nan")}, "volume_voxels must be a number"),
+        ({"volume_voxels": float("inf")}, "volume_voxels must be a number"),
+        ({"follow_symlinks": 1}, "follow_symlinks must be true or false, not 1"),
+    ],
+)
+def test_limits_that_are_none_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Limits(**fields)
+
+
+def test_limits_may_be_written_with_an_exponent(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    with use_limits(Limits(image_bytes=1e9, archive_ratio=2.5)) as limits:  # type: ignore[arg-type]
+        assert (type(limits.image_bytes), limits.archive_ratio) == (int, 2.5)
+        assert read_bytes(tmp_path / "a", "image_bytes") == b"a"
 
 
 def test_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded(tmp_path):

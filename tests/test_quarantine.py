@@ -69,7 +69,7 @@ def test_limit_holds_over_restarts_processes_and_copies(tmp_path):
 
 
 def test_other_files_beside_it_do_not_count(tmp_path):
-    (tmp_path / "q-old.jsonl").write_text('{"records": "a", "shard": "b", "record": 1}\n')
+    (tmp_path / "q-old.jsonl").write_text('{"records": "a", "shard": "b", "record": 9}\n')
     (tmp_path / "q-2.jsonl").write_text('{"records": "a", "shard": "b", "record": 1}\n{"records": "a", "sha')
     assert Quarantine(tmp_path / "q.jsonl", 1).count() == 1
 

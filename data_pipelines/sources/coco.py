@@ -60,7 +60,7 @@ class COCO(Sequence[GroundingExample]):
         content = limits.read_json(self._path, "annotation_bytes")
         try:
             self._images: list[dict[str, Any]] = content["images"]
-            self._names = {int(c["id"]): str(c["name"]) for c in content.get("categories", [])}
+            self._names: dict[Any, str] = {int(c["id"]): str(c["name"]) for c in content.get("categories", [])}
             self._annotations: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
             for annotation in content["annotations"]:
                 self._annotations[annotation["image_id"]].append(annotation)

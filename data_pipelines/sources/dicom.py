@@ -246,8 +246,9 @@ def _add_file(index: _Index, path: pathlib.Path, folder: pathlib.Path, salt: str
         index.annotations.append((path, kind, identity.labelled_series))
     elif "Rows" in header:
         name = identity.series or hash_identifier("series", path.parent.relative_to(folder), salt)
+        place = SliceHeader.of(header, path)
         series = index.series.setdefault(name, Series(name, _patient_of(identity, name, salt), kind))
-        series.headers.append((path, SliceHeader.of(header, path)))
+        series.headers.append((path, place))
         try:
             index.notes += check_burned_in(header, path)
         except SourceError as error:

@@ -151,6 +151,15 @@ def test_patient_column_goes_before_the_dicom_header(tmp_path):
     assert read(tmp_path)[0].patient_id == hash_patient("a")
 
 
+def test_link_to_a_dicom_file_outside_the_folder_is_an_error(tmp_path):
+    pytest.importorskip("pydicom")
+    outside = write_radiograph(tmp_path / "elsewhere/a.dcm")
+    (tmp_path / "data/images").mkdir(parents=True)
+    (tmp_path / "data/images/a.dcm").symlink_to(outside)
+    with pytest.raises(SourceError, match="a symbolic link leads out of"):
+        read(write_csv(tmp_path / "data", VINDR, "a,Mass,1,R8,1,2,3,4", images=()))[0]
+
+
 def test_dicom_file_beside_an_image_of_its_name_is_an_error(tmp_path):
     write_csv(tmp_path, VINDR, "a,Mass,1,R8,1,2,3,4")
     (tmp_path / "images/a.dcm").touch()

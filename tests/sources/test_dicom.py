@@ -216,11 +216,14 @@ def test_burned_in_text_is_refused_for_its_series_unless_allowed(tmp_path):
 
 def test_file_that_cannot_be_read_is_one_item_and_leaves_the_series(tmp_path):
     folder = write_case(tmp_path)
-    (folder / "bad.dcm").write_bytes(bytes(128) + b"DICM\x02\0\x10\0UI\xff\xff")
+    other = folder / "bad.dcm"
+    other.write_bytes(slice_file(folder / "series", 0).read_bytes())
+    edit(other, SeriesInstanceUID="1.2.9")
+    other.write_bytes(other.read_bytes().replace(b"2.0\\3.0", b"x.0\\3.0"))
     (folder / "empty").write_bytes(b"")
     source = read(folder)
     assert len(source) == 26
-    with pytest.raises(SourceError, match=r"bad\.dcm: no readable DICOM file"):
+    with pytest.raises(SourceError, match=r"bad\.dcm: its place in the volume cannot be read"):
         source[25]
     assert source[24].regions
 

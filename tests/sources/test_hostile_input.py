@@ -261,8 +261,8 @@ def test_names_in_annotations_do_not_leave_the_folder(tmp_path, escape):
     pairs = {escape: [], "images/b_0.png": [escape]}
     write(folder, "sa_med2d/SAMed2D_v1.json", json.dumps(pairs))
     for name, index in (("coco", 0), ("labelme", 0), ("sa_med2d", 0)):
+        save(folder / name, "../secret.png", "../secret_neighbour.png")
         source = open_source(name, folder / name)
-        save(folder / name, "../secret.png")
         with pytest.raises(SourceError, match=r"in an annotation (leaves|must be relative to) the input folder"):
             source[index]
         assert not any("secret" in text for text in source.unused)

@@ -51,6 +51,8 @@ def test_denied_findings_are_absent(sentence, labels):
         "Not without pneumothorax",
         "In the absence of pneumothorax the tube may be pulled",
         "No longer pneumothorax",
+        "No pneumothorax persisting",
+        "No pneumothorax or widgets at a widget",
         "No pneumothorax with pleural effusion",
         "No heart",
     ],
@@ -62,6 +64,11 @@ def test_what_is_not_surely_denied_of_the_whole_image_is_not_absent(sentence):
 def test_only_findings_of_the_modality_are_absent():
     assert absent("No pneumothorax", "fundus") == set()
     assert absent("No pneumothorax", "unknown") == {"pneumothorax"}
+
+
+def test_class_name_that_says_less_or_more_than_its_label_is_mentioned_and_not_absent():
+    reading = read_sentence("No hematoma", "ct")
+    assert (reading.absent, reading.mentioned, reading.kind) == ((), ("brain_hemorrhage",), "")
 
 
 @settings(max_examples=40)

@@ -57,6 +57,7 @@ def test_described_regions_of_a_record_and_records_of_an_image_are_one_example(t
     parts = [
         {"box": [1, 1, 9, 9], "category": "cyst", "description": "a round cyst"},
         {"box": [[1, 1, 9, 9], [20, 1, 29, 9]], "category": "cyst", "description": "two cysts"},
+        {"box": [[1, 1, 9, 9], [1, 1, 9, 9]], "category": "cyst", "description": "one cyst, written twice"},
     ]
     records = [record(caption="An axial slice", regions=parts), record(caption="bright", bbox=[0, 0, 4, 4])]
     (example,) = read(write_triplets(tmp_path, *records))
@@ -66,8 +67,12 @@ def test_described_regions_of_a_record_and_records_of_an_image_are_one_example(t
         ("region of interest", [0, 0, 4, 4]),
     ]
     assert example.caption == "An axial slice bright"
-    expected = (Expression("a round cyst", (0,)), Expression("two cysts", (0, 1)), Expression("bright", (2,)))
-    assert example.expressions == expected
+    assert example.expressions == (
+        Expression("a round cyst", (0,)),
+        Expression("two cysts", (0, 1)),
+        Expression("one cyst, written twice", (0,)),
+        Expression("bright", (2,)),
+    )
 
 
 def test_text_without_a_region_is_the_caption_and_grounds_to_nothing_that_could_be_learnt(tmp_path):
