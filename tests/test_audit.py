@@ -24,6 +24,7 @@ from data_pipelines.audit_pixels import (
     to_grey,
 )
 from data_pipelines.audit_privacy import find_private, mask_private
+from data_pipelines.conflicts import Conflict, ConflictReport
 from data_pipelines.records import RecordsWriter
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.phantoms import KINDS as KINDS_OF_PHANTOMS
@@ -360,6 +361,70 @@ def test_strict_fails_only_at_errors(tmp_path, messy, capsys):
     assert commands.main(arguments) == 0
     assert commands.main([*arguments, "--strict"]) == 1
     assert "Same pixels in several splits" in capsys.readouterr().out
+
+
+@pytest.fixture
+def held_out(tmp_path):
+    """A split for training and one for zero-shot evaluation, with the conflicts that the build found."""
+    shown = [("liver", "train"), ("liver", "train"), ("spleen", "zero_shot"), ("polyp", "validation")]
+    examples = [
+        (_example(_region(label), size=64 + k, image_id=str(k)), split) for k, (label, split) in enumerate(shown)
+    ]
+    directory = _write(tmp_path / "records", examples)
+    report = ConflictReport(listed=1)
+    for number in range(3):
+        report.add(Conflict("two_labels", "keep_both", "made", f"scan of DOE^JANE {number}", ("<b>", "spleen"), "x"))
+    (directory / "conflicts.json").write_text(json.dumps(report.as_dict()))
+    return directory
+
+
+def test_conflicts_of_the_build_are_shown(held_out, tmp_path):
+    result = _audit(held_out)
+    conflicts = result.report["conflicts"]
+    assert conflicts["counts"] == {"two_labels": {"keep_both": 3}}
+    assert conflicts["datasets"] == {"made": {"two_labels": {"keep_both": 3}}}
+    page = audit.write_audit(result, tmp_path / "out").read_text()
+    shown = page[page.index('<h2 id="conflicts">') : page.index('<h2 id="counts">')]
+    assert "two labels: 1 of 3" in shown
+    assert "&lt;b&gt;, spleen" in shown
+    assert conflicts["meanings"]["two_labels"] in shown
+    assert '<a href="#conflicts">' in page
+    assert "JANE" not in page + (tmp_path / "out" / "audit.json").read_text()
+
+
+def test_without_a_file_of_conflicts_there_is_no_section(messy, tmp_path):
+    assert messy[1].report["conflicts"] is None
+    assert "#conflicts" not in audit.write_audit(messy[1], tmp_path).read_text()
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"counts": {"two_labels": 3}}', '{"counts": {}, "examples": [1]}'])
+def test_a_damaged_file_of_conflicts_is_named(held_out, content, capsys):
+    (held_out / "conflicts.json").write_text(content)
+    assert audit.main([str(held_out)]) == 1
+    assert "conflicts.json is damaged" in capsys.readouterr().err
+
+
+def test_what_is_held_out_may_be_missing_in_train(held_out):
+    report = _audit(held_out).report
+    assert {name: entry["images"] for name, entry in report["splits"].items()} == {
+        "train": 2,
+        "validation": 1,
+        "zero_shot": 1,
+    }
+    assert [entry["label"] for entry in _entry(report, "label_not_in_train")["examples"]] == ["polyp"]
+
+
+def test_the_search_for_writing_can_be_left_out(tmp_path, capsys):
+    pixels = _write_on(
+        decode_image(phantom(3, modality="ct", size=512).image), "12/03/2021 14:07", "ID 44719", height=24
+    )
+    example = dataclasses.replace(_example(image_id="w"), image=_encode(pixels), height=512, width=512)
+    directory = _write(tmp_path / "r", [(example, "train")])
+    for options, found in (([], 1), (["--no-writing"], 0)):
+        assert audit.main([str(directory), *options]) == 0
+        assert capsys.readouterr().out.count("Perhaps writing") == found
+    report = json.loads((directory / "audit" / "audit.json").read_text())
+    assert report["methods"]["burnt_in_text"] == "not looked for"
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

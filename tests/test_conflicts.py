@@ -114,6 +114,11 @@ def test_outlines_with_nothing_in_common_are_kept():
     assert (boxes(example), found) == (boxes(chain), {"disagreeing_masks": "intersection"})
 
 
+def test_a_union_joins_what_it_overlaps_then():
+    growing = picture(*(region("polyp", box) for box in ((0, 0, 18, 20), (6, 0, 24, 20), (0, 0, 40, 20))))
+    assert boxes(run(growing, disagreeing_masks="union")[0]) == [[0, 0, 40, 20]]
+
+
 def test_crowds_and_neighbours_do_not_disagree():
     cells = picture(
         region("nucleus", (0, 0, 20, 20), True),
@@ -221,6 +226,12 @@ def test_swapped_sides_by_the_other_rules():
     assert run(wrong, swapped_sides="keep") == (wrong, {"swapped_sides": "keep"})
 
 
+def test_what_both_sides_lack_stays_absent_where_sides_are_unsure():
+    absent = ("left_hip", "right_femur", "right_hip")
+    wrong = picture(region("left_kidney", RIGHT), region("right_kidney", LEFT), absent=absent)
+    assert run(wrong)[0].absent == ("left_hip", "right_hip")
+
+
 def test_one_wrong_pair_among_right_ones_is_a_wrong_label():
     lungs = [region("left_lung", LEFT), region("right_lung", RIGHT)]
     kidneys = [region("left_kidney", (5, 28, 12, 35)), region("right_kidney", (28, 28, 35, 35))]
@@ -232,7 +243,7 @@ def test_one_wrong_pair_among_right_ones_is_a_wrong_label():
     [
         picture(region("left_kidney", RIGHT), region("right_kidney", LEFT), image_id="case/sagittal/12"),
         picture(region("left_kidney", RIGHT), region("right_kidney", LEFT), modality="endoscopy"),
-        picture(region("left_kidney", (5, 0, 15, 10)), region("right_kidney", (8, 25, 18, 35))),
+        picture(region("left_kidney", (5, 0, 12, 10)), region("right_kidney", (14, 25, 22, 35))),
         picture(region("left_lung", (5, 5, 30, 30)), region("right_lung", (9, 5, 34, 30))),
         picture(region("left_ventricle", RIGHT), region("right_ventricle", LEFT)),
         picture(region("left_kidney", RIGHT), region("liver", (2, 30, 4, 34))),

@@ -190,6 +190,15 @@ def test_blank_pictures_are_copies_only_where_they_are_annotated_alike():
     assert np.bincount(groups).max() == 2
 
 
+def test_pictures_without_contrast_or_of_another_brightness_are_no_near_copies(pictures):
+    faint = np.random.default_rng(0).integers(0, 9, (2, 32, 32)).astype(np.uint8)
+    bright = shrink(to_grey(pictures[0]))
+    for small in (faint, np.stack([bright, bright // 2])):
+        found = find_duplicates(np.asarray([1, 2]), np.full(2, 3, np.uint64), small)
+        assert (found.candidates, len(found.near)) == (1, 0)
+    assert bool(look_alike(*soften(faint)))  # an audit reports them all the same
+
+
 def test_annotations_are_digested_whatever_their_order():
     def region(label, x):
         return Region(np.asarray([x, 0, 9, 9], np.float32), label, label)
