@@ -12,7 +12,7 @@ import numpy as np
 from data_pipelines.positions import FALSE, PARTS, TRUE, decide_parts, part_words
 from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.sides import Span
-from data_pipelines.taxonomy import load_taxonomy, normalize_name
+from data_pipelines.taxonomy import Label, load_taxonomy, normalize_name
 from data_pipelines.vocabulary import find_broader
 from data_pipelines.wording import NUMBERS, pluralize, with_article
 
@@ -41,7 +41,7 @@ def find_nouns(regions: Sequence[Region]) -> list[Noun]:
     """Returns the phrases of an image's regions, each with the regions that it may be said of.
 
     "Polyp" is said of a "neoplastic polyp" too. The other way round nobody knows, so that beside a box of "polyp" the
-    phrase "neoplastic polyp" is not sure.
+    phrase "neoplastic polyp" is not sure; nor is "lung" beside a box of the left lung, which is a part of the other.
     """
     taxonomy = load_taxonomy()
     names = [normalize_name(region.phrase) for region in regions]
@@ -52,12 +52,17 @@ def find_nouns(regions: Sequence[Region]) -> list[Noun]:
     for name, label in dict.fromkeys(zip(names, labels, strict=True)):
         first = names.index(name)
         meant = [i for i in range(len(regions)) if names[i] == name or labels[i] == label or label in above[labels[i]]]
-        sided = (entry := known[first]) is not None and entry.side != "none"
-        vague = not sided and any(other in above[label] for other in labels)
+        vague = not _is_sided(known[first]) and any(other in above[label] for other in labels)
         crowd = any(regions[i].iscrowd for i in meant)
         definite = regions[first].granularity in _SINGLE
+        # A box of both lungs beside one of the left: neither is a lung among lungs.
+        vague |= definite and any(labels[i] != label and _is_sided(known[i]) for i in meant)
         nouns.append(Noun(regions[first].phrase.strip(), tuple(meant), not vague and not crowd, definite))
     return nouns
+
+
+def _is_sided(entry: Label | None) -> bool:
+    return entry is not None and entry.side != "none"
 
 
 def sample_sentence(example: GroundingExample, rng: np.random.Generator) -> Expression | None:

@@ -9,8 +9,6 @@ import numpy as np
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.taxonomy import Label, load_taxonomy, normalize_name
 
-# Kinds of `schema.Expression` that say what an image does not show.
-DENIALS = ("negation", "absent")
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -122,8 +120,11 @@ class Vocabulary:
         return negatives
 
     def _mentioned(self, example: GroundingExample) -> tuple[set[str], set[str]]:
-        """Returns names and labels that the image's own sentences mention, whatever they say of them."""
-        texts = [expression.text for expression in example.expressions if expression.kind not in DENIALS]
+        """Returns names and labels that the image's own sentences mention, whatever they say of them.
+
+        Sentences that were made of the boxes are left out: they name nothing else, or deny it.
+        """
+        texts = [expression.text for expression in example.expressions if expression.kind == "report"]
         if example.caption:
             texts.append(example.caption)
         names: set[str] = set()

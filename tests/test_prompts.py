@@ -405,6 +405,26 @@ def test_variants_are_other_names_of_the_same_labels():
     assert sample(shows(), variant_probability=1.0, vocabulary=Vocabulary({"odd": "odd"}))[0].text == "odd"
 
 
+def test_names_of_one_label_never_become_the_same_variant():
+    names = TAXONOMY.variants("left_lung")
+    assert len(names) > 1
+    vocabulary = Vocabulary(dict.fromkeys(names, "left_lung"))
+    for seed in range(20):
+        prompt, _ = sample(
+            shows(), seed, variant_probability=0.5, full_negatives_probability=1.0, vocabulary=vocabulary
+        )
+        drawn = [normalize_name(name) for name in names_in(prompt)]
+        assert len(drawn) == len(set(drawn)) > 1
+
+
+def test_prefix_that_does_not_fit_leaves_its_room_to_negatives():
+    vocabulary = Vocabulary({"heart": "heart"})
+    needed = num_tokens(build_prompt(["left lung", "heart"], TOKENIZER, 64))
+    example = shows("left_lung", modality="xray")
+    prompt, _ = sample(example, prefix_probability=1.0, max_tokens=needed, vocabulary=vocabulary)
+    assert sorted(names_in(prompt)) == ["heart", "left lung"]
+
+
 def with_expressions(*expressions: Expression, iscrowd: bool = False) -> GroundingExample:
     example = shows("left_lung", "lung_nodule")
     nodule = dataclasses.replace(example.regions[1], iscrowd=iscrowd)

@@ -306,6 +306,16 @@ def test_negations_deny_what_is_elsewhere():
     assert "the heart in the lower left part of the image" not in found  # low, and neither left nor right
 
 
+def test_claim_that_is_true_of_one_region_or_nearly_so_is_not_denied():
+    scene = Scene(chest((24, 20, 6), (72, 80, 16)))
+    noun = scene.noun_of(3)
+    assert noun is not None
+    for part, reason in (("upper left", "may be true"), ("upper right", "")):
+        claim = (Predicate("part", part),)
+        assert verify_negation(scene, Query(f"no lung nodule in the {part} part", noun, claim, -1)) == reason
+    assert decide(chest((40, 20, 8)), "relation", "inside", 3, 0) == UNDECIDED  # across the border of the lung
+
+
 def test_absent_labels_are_denied_unless_they_are_shown():
     example = chest((72, 80, 16), absent=("pleural_effusion", "lung_nodule", "odd_shadow"))
     found = texts_of(example, "absent")
