@@ -29,7 +29,7 @@ from data_pipelines.audit_conflicts import read_conflicts
 from data_pipelines.audit_counts import Counts
 from data_pipelines.audit_drawing import Picture, draw_picture
 from data_pipelines.audit_duplicates import Fingerprints
-from data_pipelines.audit_findings import Findings, Place, check_record, nearest_labels
+from data_pipelines.audit_findings import Findings, Place, check_record
 from data_pipelines.audit_page import render_page
 from data_pipelines.audit_pixels import (
     HASH_BITS,
@@ -211,7 +211,7 @@ def _check_names(counts: Counts, findings: Findings) -> None:
     for kind, key, names in (("unknown_label", "label", labels), ("unknown_phrase", "phrase", dict(counts.phrases))):
         unknown = [name for name in sorted(names, key=lambda name: (-names[name], name)) if not taxonomy.find(name)]
         for rank, name in enumerate(unknown):
-            near = nearest_labels(name, taxonomy) if rank < _NAMED_UNKNOWN else []
+            near = taxonomy.nearest(name) if rank < _NAMED_UNKNOWN else []
             findings.add(kind, **{key: name, "regions": names[name], "nearest": near})
     if "train" in counts.splits:
         for name, entry in counts.labels.items():

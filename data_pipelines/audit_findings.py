@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from data_pipelines.audit_privacy import find_private, mask_private
 from data_pipelines.conflicts.structures import are_related, find_key, find_truths
 from data_pipelines.schema import GroundingExample, Region
-from data_pipelines.taxonomy import Taxonomy, load_taxonomy, normalize_name
+from data_pipelines.taxonomy import Taxonomy, load_taxonomy
 
 SEVERITIES = ("error", "warning", "info")
 LISTED = 50  # records of each kind that a report names; the others are counted
@@ -250,10 +249,3 @@ def _check_privacy(example: GroundingExample) -> Found:
             yield "private_text", {"type": type_, "field": field.split()[0], "masked": mask}
     if example.patient_id and not re.fullmatch(r"[0-9a-f]{16}", example.patient_id):
         yield "plain_patient_id", {}
-
-
-def nearest_labels(name: str, taxonomy: Taxonomy) -> list[str]:
-    """Returns the ids of up to three labels whose names are nearest to a name that the taxonomy does not know."""
-    names = [normalize_name(phrase) for phrase in taxonomy.phrases()]
-    near = difflib.get_close_matches(normalize_name(name), names, n=3, cutoff=0.6)
-    return list(dict.fromkeys(known.id for phrase in near if (known := taxonomy.find(phrase))))

@@ -165,10 +165,11 @@ def find_modality(name: str) -> str:
 
 def hash_patient(patient: str) -> str:
     """Returns a stable id that does not show the patient's own."""
-    return _digest(patient).hex()[:16]
+    return digest_text(patient).hex()[:16]
 
 
-def _digest(text: str) -> bytes:
+def digest_text(text: str) -> bytes:
+    """Returns the SHA-256 of a text, of any characters."""
     # File names that are not UTF-8 come with lone surrogates, which the default would refuse.
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()
 
@@ -178,16 +179,6 @@ def split_key(example: GroundingExample, pool: str = "") -> str:
     if not example.patient_id:
         return example.image_id
     return f"{pool}:{example.patient_id}" if pool else example.patient_id
-
-
-def split_of(example: GroundingExample, eval_fraction: float, seed: int = 0) -> str:
-    """Returns "train" or "validation" from the hash of the patient's id, or of the image's where there is none.
-
-    The same patient is on the same side in every data set and every build with this seed and fraction, and a larger
-    fraction only moves images from train to validation.
-    """
-    share = int.from_bytes(_digest(f"{seed}:{split_key(example)}")[:8], "big") / 2**64
-    return "validation" if share < eval_fraction else "train"
 
 
 def make_region(name: str, box: np.ndarray, site: str = "", **fields: Any) -> Region:

@@ -16,7 +16,7 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,6 +106,13 @@ def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise RecordsError(f"{path} is damaged: {_REBUILD}") from None
     return metadata
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON under another name until it is whole."""
+    staging = path.with_name(f".{path.name}")
+    staging.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, path)
 
 
 def find_shards(path: str | os.PathLike) -> Records:
@@ -321,30 +328,18 @@ class RecordsWriter:
             self._splits[split] = SplitWriter(prefix, self._format, self._num_shards, self._shard_bytes)
         self._splits[split].write(example)
 
-    def commit(
-        self, counts: Mapping[str, Mapping[str, Any]] | None = None, build: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Gives the shards their names and writes the metadata; returns the content of medglip.json.
-
-        Args:
-            counts: what curation counted, for each split.
-            build: where the records come from and what was left out.
-        """
+    def commit(self) -> dict[str, Any]:
+        """Gives the shards their names and writes the metadata; returns the content of medglip.json."""
         entries = self._metadata["splits"]
         for split, writer in sorted(self._splits.items()):
             entries[split] = writer.finish(self._metadata["dataset"], split)
-            entries[split]["counts"] = dict((counts or {}).get(split, {}))
-        if build is not None:
-            self._metadata["build"] = dict(build)
         write_tfds_metadata(
             self._directory,
             self._metadata["dataset"],
             self._format,
             {split: (entry["shard_lengths"], sum(entry["shard_bytes"])) for split, entry in entries.items()},
         )
-        staging = self._directory / f".{METADATA_FILE}"
-        staging.write_text(json.dumps(self._metadata, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(staging, self._directory / METADATA_FILE)
+        write_json(self._directory / METADATA_FILE, self._metadata)
         self._splits = {}
         return self._metadata
 

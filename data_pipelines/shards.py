@@ -2,12 +2,16 @@
 
 import collections
 import contextlib
+import hashlib
+import os
 import pathlib
 from typing import Any
 
 from data_pipelines.codec import encode_example
 from data_pipelines.schema import GroundingExample
 from data_pipelines.tfrecord import TFRecordWriter
+
+_HASHED_AT_ONCE = 2**20  # bytes
 
 
 def shard_name(name: str, split: str, file_format: str, index: int, count: int) -> str:
@@ -22,6 +26,15 @@ def open_shard_writer(path: pathlib.Path, file_format: str) -> Any:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     return ArrayRecordWriter(str(path), "group_size:1")
+
+
+def hash_file(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_HASHED_AT_ONCE):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 class SplitWriter:
@@ -94,6 +107,7 @@ class SplitWriter:
             "num_examples": sum(self.shard_lengths),
             "shard_lengths": self.shard_lengths,
             "shard_bytes": sizes,
+            "shard_sha256": [hash_file(path) for path in self._paths],
             "labels": dict(self._labels.most_common()),
             "phrases": dict(sorted(self._phrases.items(), key=lambda item: -item[1]["count"])),
         }

@@ -6,13 +6,13 @@ splits, report = assign_splits(keys, groups, eval_fraction)         train, valid
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.audit_pixels import LEAST_CONTRAST, find_near, look_alike, soften
+from data_pipelines.curate import digest_text
 from data_pipelines.schema import GroundingExample
 
 ZERO_SHOT = "zero_shot"
@@ -32,8 +32,7 @@ def digest_annotations(example: GroundingExample) -> int:
 
 
 def _digest(text: str) -> int:
-    # File names that are not UTF-8 come with lone surrogates, which the default would refuse.
-    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(digest_text(text)[:8], "big")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,7 @@ def group_examples(patients: Sequence[str], image_keys: Sequence[str], near_pair
 
 
 def split_share(key: str, seed: int = 0) -> float:
-    """Returns the place of a key between 0 and 1, from its hash; `curate.split_of` compares the same number."""
+    """Returns the place of a key between 0 and 1, from its hash."""
     return _digest(f"{seed}:{key}") / 2**64
 
 
@@ -196,7 +195,7 @@ def assign_splits(
     """Sends each group of examples to a split, by the hash of its smallest key.
 
     The order of the rows does not matter, a larger fraction only moves groups from train to validation, and a group
-    with one key goes where `curate.split_of` sends its examples.
+    with one key goes where the hash of that key sends it, in whatever data set and build.
 
     Args:
         keys: N, the patient's key, or the image's where no patient is known.

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import track
 
-from data_pipelines.building.sharding import hash_file
 from data_pipelines.records import RecordsError, find_shards, read_metadata
+from data_pipelines.shards import hash_file
 
 
 def verify(directory: str | os.PathLike, progress: bool = False) -> int:

@@ -15,7 +15,7 @@ from data_pipelines.curate import (
     find_modality,
     hash_patient,
     name_region,
-    split_of,
+    split_key,
 )
 from data_pipelines.schema import GroundingExample, Region
 
@@ -65,28 +65,16 @@ def test_box_from_mask_is_the_smallest_that_holds_it(mask):
         assert (x0, y0, x1, y1) == (0, 0, 0, 0)
 
 
-@given(st.text(), st.text(), st.floats(0, 1), st.floats(0, 1))
-def test_split_goes_by_patient_and_only_grows(image_id, patient_id, first, second):
+@given(st.text(), st.text())
+def test_split_goes_by_patient_whatever_the_data_set(image_id, patient_id):
     example = dataclasses.replace(EXAMPLE, image_id=image_id, patient_id=patient_id)
     other = dataclasses.replace(example, image_id=image_id + "x" if patient_id else image_id, dataset="other")
-    small, large = sorted((first, second))
-    assert split_of(example, small) == split_of(other, small)
-    if split_of(example, small) == "validation":
-        assert split_of(example, large) == "validation"
+    assert split_key(example) == split_key(other) == (patient_id or image_id)
+    assert split_key(example, "pool") == (f"pool:{patient_id}" if patient_id else image_id)
 
 
-def test_split_is_what_it_was():
-    examples = [dataclasses.replace(EXAMPLE, image_id=str(i)) for i in range(1000)]
-    held_out = [i for i, example in enumerate(examples) if split_of(example, 0.2) == "validation"]
-    assert held_out[:6] == [7, 15, 18, 20, 25, 36]
-    assert 160 < len(held_out) < 240
-    assert held_out != [i for i, example in enumerate(examples) if split_of(example, 0.2, seed=1) == "validation"]
-
-
-def test_ids_of_files_whose_names_are_not_utf8_have_a_split_and_a_hash():
+def test_patients_whose_names_are_not_utf8_have_a_hash():
     for text in ("sch\udce4del", "\ud800"):
-        example = dataclasses.replace(EXAMPLE, image_id=text)
-        assert split_of(example, 0.5) == split_of(dataclasses.replace(example, image_id="x", patient_id=text), 0.5)
         assert hash_patient(text) == hash_patient(text) != hash_patient("sch?del")
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from data_pipelines.audit_pixels import digest_pixels, hash_picture, look_alike, make_thumbnail, shrink, soften, to_grey
-from data_pipelines.curate import split_of
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.phantoms import phantom
 from data_pipelines.splits import (
@@ -83,11 +82,14 @@ def test_no_group_straddles_and_the_order_does_not_matter(drawn, first, second, 
     assert assign_splits([keys[k] for k in order], regrouped, small, seed=seed)[0] == [splits[k] for k in order]
 
 
-@hypothesis.given(st.text(), st.text(min_size=1), st.floats(0, 1), st.integers(0, 9))
-def test_a_group_of_one_goes_where_it_went_before(patient, image, fraction, seed):
-    example = dataclasses.replace(EXAMPLE, patient_id=patient, image_id=image)
-    splits, _ = assign_splits([patient or image], np.asarray([5]), fraction, seed=seed)
-    assert splits == [split_of(example, fraction, seed)]
+def test_split_is_what_it_was():
+    def held_out(seed: int) -> list[int]:
+        splits, _ = assign_splits([str(i) for i in range(1000)], np.arange(1000), 0.2, seed=seed)
+        return [i for i, split in enumerate(splits) if split == "validation"]
+
+    assert held_out(0)[:6] == [7, 15, 18, 20, 25, 36]
+    assert 160 < len(held_out(0)) < 240
+    assert held_out(0) != held_out(1)
 
 
 def test_a_key_that_is_not_utf8_has_a_share():

@@ -120,13 +120,6 @@ def test_lesion_with_a_general_name_in_its_own_is_of_that_kind():
                 assert kind in (label.id, *TAXONOMY.ancestors(label.id)), label.id
 
 
-def test_labels_of_the_same_body_region_are_without_the_label_itself():
-    found = TAXONOMY.same_region("lung_nodule")
-    assert {"heart", "left_rib_4", "breast_tumor"} <= set(found) and not {"lung_nodule", "liver", "brain"} & set(found)
-    with pytest.raises(KeyError):
-        TAXONOMY.same_region("unicorn")
-
-
 @pytest.mark.parametrize(
     ("name", "nearest"), [("pneumothoraxx", "pneumothorax"), ("Kidney_lft", "left_kidney"), ("livr", "liver")]
 )

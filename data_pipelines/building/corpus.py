@@ -25,7 +25,7 @@ from data_pipelines.conflicts import ConflictReport, merge
 from data_pipelines.curate import SourceError, find_modality
 from data_pipelines.limits import Limits, current_limits
 from data_pipelines.record_index import index_name
-from data_pipelines.records import METADATA_FILE, RecordsError
+from data_pipelines.records import METADATA_FILE, RecordsError, write_json
 from data_pipelines.schema import GroundingExample
 from data_pipelines.sources import load_source
 from data_pipelines.tfds_metadata import write_tfds_metadata
@@ -213,7 +213,7 @@ class _Build:
                 self._skipped[name] += part.skipped
             for kind in ("unmapped", "expressions"):
                 self._totals[name][kind].update(part.counts[kind])
-            self._conflicts += ConflictReport.from_state(part.counts["conflicts"])
+            self._conflicts += ConflictReport.from_dict(part.counts["conflicts"])
         self._parts = parts
         return gather(parts)
 
@@ -340,10 +340,3 @@ class _Build:
             **self._decided,
             "data_sets": data_sets,
         }
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-    """Writes JSON under another name until it is whole."""
-    staging = path.with_name(f".{path.name}")
-    staging.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, path)

@@ -15,7 +15,7 @@ from data_pipelines.building.parts import PartWriter, index_path
 from data_pipelines.building.recipe import DataSet, Recipe
 from data_pipelines.codec import encode_example
 from data_pipelines.conflicts import ConflictReport, resolve
-from data_pipelines.curate import SourceError, curate, hash_patient, keep_regions, split_key
+from data_pipelines.curate import SourceError, curate, digest_text, hash_patient, keep_regions, split_key
 from data_pipelines.limits import Limits, use_limits
 from data_pipelines.schema import MODALITIES, GroundingExample
 from data_pipelines.splits import digest_annotations
@@ -151,7 +151,7 @@ class _UnitReader:
         """Adds sentences about the regions, the same for an image at every build."""
         from data_pipelines.referring import ReferRule, refer
 
-        seed = hashlib.sha256(f"{self._name}/{example.image_id}".encode(errors="surrogatepass")).digest()
+        seed = digest_text(f"{self._name}/{example.image_id}")
         rng = np.random.default_rng(int.from_bytes(seed[:8], "big"))
         expressions, dropped = refer(example, rng, ReferRule(regions=self._recipe.referring))
         self._expressions.update(dropped)
@@ -164,7 +164,7 @@ class _UnitReader:
         writer.counts = {
             "unmapped": dict(sorted(self._unmapped.items())),
             "expressions": dict(sorted(self._expressions.items())),
-            "conflicts": self._conflicts.state(),
+            "conflicts": self._conflicts.as_dict(),
         }
 
 

@@ -1,7 +1,6 @@
 """Shards: planned as places in parts, written from them in any order, each with a marker that says it is whole."""
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -11,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.building.parts import PartReader
-from data_pipelines.shards import open_shard_writer, shard_name
-
-_HASHED_AT_ONCE = 2**20  # bytes
+from data_pipelines.shards import hash_file, open_shard_writer, shard_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +81,6 @@ def write_shard(unused_context: Any, task: ShardTask) -> None:
         os.replace(staging, task.marker)
     finally:
         staging.unlink(missing_ok=True)
-
-
-def hash_file(path: str | os.PathLike) -> str:
-    """Returns the SHA-256 of a file in hexadecimal digits."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            sha.update(block)
-    return sha.hexdigest()
 
 
 def make_tasks(

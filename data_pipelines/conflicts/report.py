@@ -61,24 +61,6 @@ class ConflictReport:
     def total(self) -> int:
         return self.counts.total()
 
-    def state(self) -> dict[str, Any]:
-        """Returns all that the report knows, as JSON holds it, for `from_state`."""
-        return {
-            "listed": self.listed,
-            "counts": [[*key, count] for key, count in sorted(self.counts.items())],
-            "named": [dataclasses.asdict(conflict) for named in self._named.values() for _, conflict in named],
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> "ConflictReport":
-        """Makes the report of which `state` is."""
-        report = cls(state["listed"])
-        report.counts.update({(kind, rule, dataset): count for kind, rule, dataset, count in state["counts"]})
-        for fields in state["named"]:
-            conflict = Conflict(**{**fields, "labels": tuple(fields["labels"])})
-            report._name(_rank(conflict), conflict)
-        return report
-
     def as_dict(self) -> dict[str, Any]:
         """Returns the report as JSON holds it.
 

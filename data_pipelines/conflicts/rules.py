@@ -1,9 +1,6 @@
 """The kinds of conflict, and the rules that resolve them."""
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
-from typing import Any
 
 # What each kind means, in a sentence for reports. Those without a rule of their own follow from another conflict.
 KINDS: dict[str, str] = {
@@ -90,20 +87,6 @@ class ConflictRules:
         for field, choices in CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"rule {field}: expected one of {', '.join(choices)}, found {getattr(self, field)!r}")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ConflictRules":
-        """Makes rules of a recipe's mapping; fields that it leaves out have their defaults.
-
-        Raises:
-            ValueError: an unknown field, with the nearest known one, or an unknown value.
-        """
-        for field in values:
-            if field not in CHOICES:
-                near = difflib.get_close_matches(str(field), CHOICES, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(CHOICES)}"
-                raise ValueError(f"unknown conflict rule {field!r}; {hint}")
-        return cls(**values)
 
     def of(self, kind: str) -> str:
         """Returns the rule that is followed for a kind of conflict."""

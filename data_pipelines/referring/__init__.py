@@ -7,11 +7,12 @@ language model words the queries and judges the pictures; here templates do, so 
 
 import collections
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeGuard
 
 import numpy as np
 
-from data_pipelines.referring.compose import compose, compose_negation
+from data_pipelines.referring.compose import Query, compose, compose_negation
 from data_pipelines.referring.scene import Scene
 from data_pipelines.referring.verify import verify, verify_negation
 from data_pipelines.schema import Expression, GroundingExample
@@ -58,6 +59,13 @@ def refer(
     scene = Scene(example)
     dropped: collections.Counter[str] = collections.Counter()
     told: dict[Hashable, Expression] = {}  # by what is claimed, not by how it is worded
+
+    def accept(query: Query | None, check: Callable[[Scene, Query], str], nothing: str) -> TypeGuard[Query]:
+        """Whether a query is to be told; counts why not."""
+        reason = nothing if query is None else "said already" if query.claim in told else check(scene, query)
+        dropped.update([reason] if reason else ())
+        return not reason
+
     candidates = []
     for index, region in enumerate(example.regions):
         if region.iscrowd or index not in scene.shapes:
@@ -72,23 +80,13 @@ def refer(
             if kept == rule.per_region:
                 break
             query = compose(scene, target, rng)
-            reason = "nothing to tell" if query is None else "said already" if query.claim in told else ""
-            if query is not None and not reason:
-                reason = verify(scene, query)
-            if query is None or reason:
-                dropped[reason] += 1
-                continue
-            kept += 1
-            told[query.claim] = Expression(query.text, (target,), query.spans, "referring")
+            if accept(query, verify, "nothing to tell"):
+                kept += 1
+                told[query.claim] = Expression(query.text, (target,), query.spans, "referring")
     for _ in range(rule.negations):
         query = compose_negation(scene, rng)
-        reason = "nothing to deny" if query is None else "said already" if query.claim in told else ""
-        if query is not None and not reason:
-            reason = verify_negation(scene, query)
-        if query is None or reason:
-            dropped[reason] += 1
-            continue
-        told[query.claim] = Expression(query.text, kind="negation")
+        if accept(query, verify_negation, "nothing to deny"):
+            told[query.claim] = Expression(query.text, kind="negation")
     for sentence in _deny_absent(example, rng, rule.absent):
         told.setdefault(sentence.text, sentence)
     return tuple(told.values()), dropped

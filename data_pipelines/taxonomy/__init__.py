@@ -147,15 +147,6 @@ class Taxonomy:
         near = difflib.get_close_matches(normalize_name(name), self._names, n=4 * n, cutoff=_CLOSE)
         return list(dict.fromkeys(self._names[each].id for each in near))[:n]
 
-    def same_region(self, label: str) -> tuple[str, ...]:
-        """Returns the ids of the other labels of the same body region, in the order of the taxonomy.
-
-        Raises:
-            KeyError: `label` is no id of this taxonomy.
-        """
-        region = self.labels[label].body_region
-        return tuple(each.id for each in self.labels.values() if each.body_region == region and each.id != label)
-
     def variants(self, label: str) -> tuple[str, ...]:
         """Returns the phrases that say the same as the label's name: it, its synonyms, and made ones.
 

@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.building.parts import PartReader, PartWriter, index_path, load_part
-from data_pipelines.building.sharding import ShardTask, hash_file, split_shards, write_shard
+from data_pipelines.building.sharding import ShardTask, split_shards, write_shard
+from data_pipelines.shards import hash_file
 from data_pipelines.tfrecord import index_records
 
 KNOWN = {
