@@ -53,8 +53,7 @@ class Triplets(Sequence[GroundingExample]):
     regions. A text of a record that has only described `regions`, or no region, is the image's caption and no
     expression: what it names was not boxed. Records of one image are one example.
 
-    MedTrinity-25M's published Parquet files hold image, id and caption: write them out as images and .jsonl, and add
-    the regions.
+    Parquet files are not read: write them out as images and .jsonl.
     """
 
     OPTIONS: ClassVar[dict[str, type]] = {"box_format": str}
