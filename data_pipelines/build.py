@@ -102,6 +102,8 @@ def summarize(built: Built) -> str:
     for name, data_set in built.metadata["build"]["data_sets"].items():
         for reason, count in data_set["dropped"].items():
             lines.append(f"{name}: regions dropped by the source: {count} {reason}")
+        for note, count in data_set["notes"].items():
+            lines.append(f"{name}: {count} files: {note}")
         for label, count in data_set.get("unmapped", {}).items():
             lines.append(f"{name}: {count} regions of {label!r}, which is not in the taxonomy")
     for what, listed in (("images skipped", built.skipped), ("files without annotation or image", built.unused)):

@@ -22,7 +22,8 @@ from data_pipelines.building.sharding import ShardTask, make_tasks, split_shards
 from data_pipelines.building.staging import Staging, check_output, digest_plan
 from data_pipelines.codec import parse_example
 from data_pipelines.conflicts import ConflictReport, merge
-from data_pipelines.curate import SourceError, find_modality
+from data_pipelines.curate import SourceError, digest_text, find_modality
+from data_pipelines.dicom_privacy import find_salt
 from data_pipelines.limits import Limits, current_limits
 from data_pipelines.record_index import index_name
 from data_pipelines.records import METADATA_FILE, RecordsError, write_json
@@ -150,6 +151,7 @@ def _digest_data_set(recipe: Recipe, name: str, root: pathlib.Path, size: int, l
         "referring": recipe.referring,
         "on_error": recipe.on_error,
         "limits": dataclasses.asdict(limits),
+        "salt": digest_text(find_salt(name)).hex(),
         "size": size,
     }
     return digest_plan(content, [] if data_set.source == PHANTOMS else [root / data_set.input])
@@ -201,7 +203,9 @@ class _Build:
         missing = [unit for unit in units if not is_read(unit, self._staging.parts[unit.data_set])]
         context = Reading(self._recipe, self._sources, tuple(self._staging.parts), self._limits)
         self._run_tasks(f"Reading {self._recipe.name}", read_unit, context, missing, len(units) - len(missing))
-        parts = [(unit.data_set, load_part(unit.path(self._staging.parts[unit.data_set]))) for unit in units]
+        parts = [
+            (unit.data_set, load_part(unit.path(self._staging.parts[unit.data_set]), pictures=False)) for unit in units
+        ]
         self._skipped: dict[str, list[str]] = collections.defaultdict(list)
         self._totals: dict[str, dict[str, collections.Counter[str]]] = {
             name: collections.defaultdict(collections.Counter) for name in self._names
@@ -260,7 +264,7 @@ class _Build:
                     writer.finish()
                 finally:
                     writer.discard()
-                parts.append((data_set, load_part(path)))
+                parts.append((data_set, load_part(path, pictures=False)))
         return parts, replaced
 
     def _merge_group(self, rows: Rows, group: list[int], reader: PartReader, writer: PartWriter) -> None:
@@ -330,6 +334,7 @@ class _Build:
                 "skipped": len(self._skipped[name]),
                 "unused": len(getattr(source, "unused", ())),
                 "dropped": dict(getattr(source, "dropped", {})),
+                "notes": dict(getattr(source, "notes", {})),
                 **{kind: dict(sorted(counts.items())) for kind, counts in sorted(self._totals[name].items())},
             }
         return {

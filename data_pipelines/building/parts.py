@@ -144,10 +144,11 @@ def index_path(path: pathlib.Path) -> pathlib.Path:
     return path.with_suffix(".npz")
 
 
-def load_part(path: pathlib.Path) -> Part:
-    """Reads the index of a part."""
+def load_part(path: pathlib.Path, pictures: bool = True) -> Part:
+    """Reads the index of a part; without its thumbnails, which are most of it, if they are not wanted."""
     with np.load(index_path(path), allow_pickle=False) as stored:
-        arrays = {name: stored[name] for name in stored.files}
+        arrays = {name: stored[name] for name in stored.files if pictures or name != "thumbnails"}
+    arrays.setdefault("thumbnails", np.zeros(0, np.uint8))
     texts = json.loads(arrays.pop("texts").tobytes())
     texts["vocabulary"] = [tuple(entry) for entry in texts["vocabulary"]]
     texts["dropped"] = {int(row): reasons for row, reasons in texts["dropped"].items()}

@@ -116,6 +116,22 @@ def test_changed_data_set_is_read_again_and_the_other_is_not(folder):
     assert_same(build(folder, "out"), build(folder, "fresh"))
 
 
+def test_another_salt_starts_again(folder, monkeypatch):
+    read = []
+
+    def remember(function, context, tasks, on_done):
+        read.extend(tasks)
+        run_here(function, context, tasks, on_done)
+        raise Killed
+
+    for salt in ("one", "one", "other"):
+        monkeypatch.setenv("MEDGLIP_PATIENT_SALT", salt)
+        with pytest.raises(Killed):
+            build(folder, "out", runner=remember)
+        read.append(salt)
+    assert [isinstance(entry, str) for entry in read] == [False, False, True, True, False, False, True]
+
+
 _COMMAND = """
 import sys
 from data_pipelines.build import main

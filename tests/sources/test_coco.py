@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data_pipelines.curate import SourceError, split_of
+from data_pipelines.curate import SourceError, split_key
 from data_pipelines.sources import load_source
 
 SIZE = (10, 20)
@@ -82,7 +82,7 @@ def test_entries_that_share_a_file_have_own_ids_and_one_split(tmp_path):
     images = [{"id": i, "file_name": "a.jpg", "caption": "a lung"} for i in range(20)]
     examples = list(read(write_coco(tmp_path, images)))
     assert len({example.image_id for example in examples}) == 20
-    assert len({split_of(example, 0.5) for example in examples}) == 1
+    assert len({split_key(example) for example in examples}) == 1
 
 
 def test_patient_id_is_hashed_and_negative_categories_are_absent(tmp_path):
