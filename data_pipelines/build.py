@@ -139,6 +139,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--split-seed", type=int, default=0, help="of that choice; default: %(default)s")
     add("--modality", default="", help=f"of images whose source does not say: {', '.join(MODALITIES[1:])}")
     add("--mapping", default="", help="bundled mapping of the labels (see docs/data.md), or a YAML file of your own")
+    add("--not-exhaustive", action="store_true", help="not all that the labels name is marked: no negatives from them")
     add("--unmapped", choices=UNMAPPED, default="stop", help="at a label that maps to nothing; default: stop")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the source, as step_mm=5; repeatable")
     add("--referring", type=int, default=0, help="regions of an image to make expressions for; default: 0")
@@ -190,6 +191,7 @@ def _make_recipe(options: argparse.Namespace) -> tuple[Recipe, pathlib.Path]:
         modality=options.modality,
         mapping=options.mapping,
         unmapped=options.unmapped,
+        exhaustive=False if options.not_exhaustive else None,
         options={**chosen, **dict(map(_parse_option, options.option))},
     )
     recipe = Recipe(

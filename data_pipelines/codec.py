@@ -99,17 +99,23 @@ def _flatten_spans(holders: Sequence[Region] | Sequence[Expression]) -> np.ndarr
 
 def _group(name: str, values: Any, width: int, count: int) -> list[list[Any]]:
     """Returns for each of `count` holders its rows of `values`, `width` numbers each, of which the holder is first."""
+    groups: list[list[Any]] = [[] for _ in range(count)]
+    if not values:
+        return groups
     rows = np.asarray(values, np.int64)
     if rows.size % width or (rows.size and not 0 <= rows[::width].min() <= rows[::width].max() < count):
         raise RecordsError(f"malformed record: {name!r} are not rows of {width} that start with one of {count} places")
-    groups: list[list[Any]] = [[] for _ in range(count)]
     for index, *rest in rows.reshape(-1, width).tolist():
         groups[index].append(tuple(rest))
     return groups
 
 
-def parse_example(record: bytes) -> GroundingExample:
+def parse_example(record: bytes, masks: bool = True) -> GroundingExample:
     """Reads what `encode_example` wrote; records of builds that knew no expressions have none.
+
+    Args:
+        record: the bytes.
+        masks: False leaves the regions' masks out.
 
     Raises:
         RecordsError: the bytes are no tf.train.Example, or its features are not those of a grounding example.
@@ -127,9 +133,10 @@ def parse_example(record: bytes) -> GroundingExample:
     def values(name: str, kind: str, count: int | None = None) -> Any:
         if name not in stored:
             raise RecordsError(f"malformed record: it has no feature {name!r}, only {sorted(stored) or 'nothing'}")
-        if (found_kind := stored[name].WhichOneof("kind")) not in (kind, None):
+        feature = stored[name]
+        found = getattr(feature, kind).value  # without values if it is of another kind
+        if not found and (found_kind := feature.WhichOneof("kind")) not in (kind, None):
             raise RecordsError(f"malformed record: feature {name!r} is a {found_kind}, expected a {kind}")
-        found = getattr(stored[name], kind).value
         if count is not None and len(found) != count:
             raise RecordsError(f"malformed record: feature {name!r} has {len(found)} values, expected {count}")
         return found
@@ -152,7 +159,7 @@ def parse_example(record: bytes) -> GroundingExample:
     labels, granularities = texts("regions/label", count), texts("regions/granularity", count)
     _check_names("malformed record", modality, granularities)
     parents, crowds = texts("regions/parent", count), values("regions/iscrowd", "int64_list", count)
-    masks = values("regions/mask", "bytes_list", count)
+    encodings = values("regions/mask", "bytes_list", count)
     row, column = values("spacing_mm", "float_list", 2)
     expressions: list[Expression] = []
     if any(name in stored for name in _EXPRESSION_FEATURES):
@@ -182,7 +189,7 @@ def parse_example(record: bytes) -> GroundingExample:
                 label=labels[i],
                 granularity=granularities[i],
                 parent=parents[i],
-                mask={"size": [height, width], "counts": masks[i]} if masks[i] else None,
+                mask={"size": [height, width], "counts": encodings[i]} if masks and encodings[i] else None,
                 iscrowd=bool(crowds[i]),
                 spans=tuple(spans[i]),
             )

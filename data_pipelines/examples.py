@@ -1,7 +1,5 @@
 """Random access to the examples of one or several splits of records, without what batches do not hold."""
 
-import dataclasses
-
 import numpy as np
 
 from data_pipelines.records import Records, RecordsError, open_source, parse_example
@@ -40,12 +38,10 @@ class ExampleSource:
         number, place = self.split(index)
         record = self._sources[number][place]
         try:
-            example = parse_example(record)
+            # Batches hold no masks, and mirroring them costs more than all the rest.
+            return parse_example(record, masks=False)
         except RecordsError as error:
             raise RecordsError(f"{self.records[number].locate(place)}: {error}") from error
-        # Batches hold no masks, and mirroring them costs more than all the rest.
-        regions = tuple(dataclasses.replace(region, mask=None) for region in example.regions)
-        return dataclasses.replace(example, regions=regions)
 
     def name(self, index: int, example: GroundingExample) -> str:
         """Names an example for error messages: its shard, its place there and its image."""

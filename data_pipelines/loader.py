@@ -24,8 +24,16 @@ from data_pipelines.quarantine import Quarantine
 from data_pipelines.record_index import concatenate, read_index
 from data_pipelines.records import Records, RecordsError, find_shards
 from data_pipelines.schema import MODALITIES, GroundingExample
-from data_pipelines.text import PromptRule, PromptTooLong, TextTokenizer, Vocabulary, load_tokenizer, sample_prompt
-from data_pipelines.transforms import flip_annotations, flip_pixels, resize_into, scale_boxes
+from data_pipelines.text import (
+    PromptRule,
+    PromptTooLong,
+    TextTokenizer,
+    Vocabulary,
+    load_tokenizer,
+    make_vocabularies,
+    sample_prompt,
+)
+from data_pipelines.transforms import flip_annotations, resize_into, scale_boxes
 
 _MOST_REPLACEMENTS = 100  # records in a row that cannot be used
 
@@ -39,8 +47,8 @@ class TrainTransform:
     """Makes an example of the training batch: reads, decodes, augments, writes the prompt, pads.
 
     Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
-    `prompts` draws the prompts of L = `prompts.max_tokens` tokens; the others as the fields of `config.data` with these
-    names; `max_boxes` is M.
+    `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `vocabularies` by data set, "" for all others; the
+    others as the fields of `config.data` with these names; `max_boxes` is M.
     """
 
     source: ExampleSource
@@ -52,7 +60,7 @@ class TrainTransform:
     max_boxes: int
     prompts: PromptRule
     tokenizer: TextTokenizer
-    vocabulary: Vocabulary
+    vocabularies: Mapping[str, Vocabulary]
 
     def __post_init__(self) -> None:
         low, high = self.scale_range
@@ -87,14 +95,14 @@ class TrainTransform:
     def _transform(self, example: GroundingExample, rng: np.random.Generator) -> dict[str, Any]:
         flip = rng.random() < self.flip_probability
         scale = rng.uniform(*self.scale_range)
-        pixels, size, scales = resize_into(decode_example(example), self.canvas, scale)
+        pixels, size, scales = resize_into(decode_example(example), self.canvas, scale, flip)
         if flip:
-            pixels, example = flip_pixels(pixels, size), flip_annotations(example)
+            example = flip_annotations(example)
         prompt, regions = sample_prompt(
             example,
             rng,
             tokenizer=self.tokenizer,
-            vocabulary=self.vocabulary,
+            vocabulary=self.vocabularies.get(example.dataset) or self.vocabularies[""],
             rule=self.prompts,
         )
         count = len(regions)
@@ -167,21 +175,6 @@ def _find_all(train: str) -> list[Records]:
     if os.path.isdir(train) or os.path.isdir(train.rpartition(":")[0]):  # a comma may be part of a name
         return [find_shards(train)]
     return [find_shards(path.strip()) for path in train.split(",") if path.strip()]
-
-
-def merge_phrases(tables: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Joins the "phrases" of several splits' metadata; of two labels of a phrase, the more frequent one stays."""
-    merged: dict[str, dict[str, Any]] = {}
-    for table in tables:
-        for phrase, entry in table.items():
-            known = merged.setdefault(phrase, {**entry, "count": 0, "modalities": []})
-            main = entry if entry["count"] > known["count"] else known
-            merged[phrase] = {
-                **main,
-                "count": known["count"] + entry["count"],
-                "modalities": list(dict.fromkeys([*known["modalities"], *entry["modalities"]])),
-            }
-    return dict(sorted(merged.items(), key=lambda item: -item[1]["count"]))
 
 
 def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tuple[Series, str]:
@@ -257,7 +250,7 @@ def train_loader(
         max_boxes=data.max_boxes,
         prompts=PromptRule.from_config(data),
         tokenizer=load_tokenizer(data.tokenizer),
-        vocabulary=Vocabulary.from_metadata(merge_phrases([split.metadata["phrases"] for split in records])),
+        vocabularies=make_vocabularies([split.metadata for split in records]),
     )
     return TrainBatches(
         grain.MapDataset.range(sys.maxsize).seed(seed).random_map(transform),

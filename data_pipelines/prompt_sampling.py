@@ -10,11 +10,11 @@ from data_pipelines.prompts import (
     Prompt,
     PromptTooLong,
     build_caption_prompt,
-    build_prompt,
+    join_phrases,
     make_prefix,
     strip_phrase,
     token_budget,
-    token_cost,
+    token_costs,
 )
 from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.sentences import describe_regions, sample_sentence
@@ -128,6 +128,7 @@ def _sample_expression(
         for expression in example.expressions
         if not any(example.regions[index].iscrowd for index in expression.regions)
     ]
+    texts = list(dict.fromkeys(expression.text for expression in stored))
     ways = ["stored"] * bool(stored) + ["position", "description"] * bool(example.regions)
     for way in (ways[i] for i in rng.permutation(len(ways))):
         if way == "description":
@@ -135,10 +136,19 @@ def _sample_expression(
             if described:
                 return [(text, tuple(example.regions[index] for index in described), spans)]
             continue
-        expression = stored[int(rng.integers(len(stored)))] if way == "stored" else sample_sentence(example, rng)
-        if expression is not None:
-            targets = tuple(example.regions[index] for index in expression.regions)
-            return [(expression.text, targets, [_words_of(expression)] * len(targets))]
+        if way == "stored":
+            text = texts[int(rng.integers(len(texts)))]
+            said = [expression for expression in stored if expression.text == text]
+        else:
+            said = [expression for expression in (sample_sentence(example, rng),) if expression is not None]
+            text = said[0].text if said else ""
+        if said:
+            # What one sentence says of several regions, of each by its own words, is one prompt.
+            words: dict[int, list[Span]] = {}
+            for expression in said:
+                for index in expression.regions:
+                    words.setdefault(index, []).extend(_words_of(expression))
+            return [(text, tuple(example.regions[index] for index in words), list(words.values()))]
     return []
 
 
@@ -166,27 +176,34 @@ def _sample_phrases(
         count = int(rng.integers(1, rule.max_negatives, endpoint=True))
     drawn = vocabulary.sample_negatives(example, rng, count, rule.hard_negative_share)
     # What each name is written as.
-    written = {**positives, **added, **{normalize_name(phrase): phrase for phrase in drawn}}
+    written = {**positives, **added}
+    for phrase in drawn:
+        written.setdefault(normalize_name(phrase), phrase)
     if rule.variant_probability:
         written = _vary(written, rng, rule.variant_probability)
-        if sum(token_cost(written[name], tokenizer) for name in positives) > token_budget(tokenizer, rule.max_tokens):
+        if sum(token_costs((written[name] for name in positives), tokenizer)) > token_budget(
+            tokenizer, rule.max_tokens
+        ):
             written.update(positives)
-    free = token_budget(tokenizer, rule.max_tokens, prefix)
-    free -= sum(token_cost(written[name], tokenizer) for name in positives)
+    costs = dict(zip(written, token_costs(written.values(), tokenizer), strict=True))
+    free = token_budget(tokenizer, rule.max_tokens, prefix) - sum(costs[name] for name in positives)
     if free < 0 and prefix:
         free, prefix = free + tokenizer.count(prefix), ""
     extras: list[str] = []  # by name, the dearest first: they go from the end
-    for name in (*added, *(normalize_name(phrase) for phrase in drawn)):
-        cost = token_cost(written[name], tokenizer)
-        if cost <= free:
+    for name, cost in costs.items():
+        if cost <= free and name not in positives:
             free -= cost
             extras.append(name)
     while True:
         names = [*positives, *extras]
-        names = [names[i] for i in rng.permutation(len(names))]
+        names = [names[i] for i in rng.permutation(len(names)).tolist()]
+        row = {name: k for k, name in enumerate(names)}
+        groups = [
+            [row[normalize_name(region.phrase)], *(row[name] for name in broader.get(region.label, ()) if name in row)]
+            for region in regions
+        ]
         try:
-            prompt = build_prompt([written[name] for name in names], tokenizer, rule.max_tokens, prefix)
-            break
+            return join_phrases([written[name] for name in names], groups, tokenizer, rule.max_tokens, prefix)
         except PromptTooLong:
             if not extras and not prefix:
                 raise
@@ -194,14 +211,6 @@ def _sample_phrases(
                 extras.pop()
             else:
                 prefix = ""
-    row = {name: k for k, name in enumerate(names)}
-    own = [row[normalize_name(region.phrase)] for region in regions]
-    positive_map = prompt.positive_map[own]
-    for k, region in enumerate(regions):
-        if above := [row[name] for name in broader.get(region.label, ()) if name in row]:
-            tokens = (prompt.positive_map[[own[k], *above]] > 0).any(axis=0)
-            positive_map[k] = tokens / tokens.sum()
-    return dataclasses.replace(prompt, positive_map=positive_map, phrases=tuple(prompt.phrases[k] for k in own))
 
 
 def _find_parents(
@@ -243,11 +252,15 @@ def _vary(written: dict[str, str], rng: np.random.Generator, probability: float)
     """Replaces some phrases by another name of their label, never so that two names read the same."""
     taxonomy = load_taxonomy()
     varied, taken = dict(written), set(written)
-    for name, phrase in written.items():
-        known = taxonomy.find(phrase)
-        if known is None or not _toss(rng, probability):
+    coins, draws = rng.random((2, len(written)))
+    names = list(written)
+    for place in np.flatnonzero(coins < probability).tolist():
+        name = names[place]
+        known = taxonomy.find(written[name])
+        if known is None:
             continue
-        variant = taxonomy.sample_variant(known.id, rng)
+        variants = taxonomy.variants(known.id)
+        variant = variants[int(draws[place] * len(variants))]
         if (other := normalize_name(variant)) not in taken:
             taken.add(other)
             varied[name] = variant

@@ -6,15 +6,17 @@ Training, evaluation and inference use the same code.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from data_pipelines.sides import Span
 from data_pipelines.taxonomy import load_taxonomy
-from data_pipelines.tokenization import TextTokenizer
+from data_pipelines.tokenization import Encoding, TextTokenizer
 
 SEPARATOR = ". "
+_STOP = SEPARATOR.strip()
 _NAMED = 5  # phrases that an error message lists
 _MODALITY_WORDS = {
     "xray": "x-ray",
@@ -74,38 +76,110 @@ class Prompt:
     phrases: tuple[str, ...]
 
 
-def _make_prompt(
+Range = tuple[int, int]  # tokens (first, after the last)
+
+
+def _fill_prompt(
     text: str,
     phrases: Sequence[str],
-    spans: Sequence[Sequence[Span]],
+    ids: list[int],
+    rows: Sequence[Sequence[Range]],
     tokenizer: TextTokenizer,
     max_tokens: int,
 ) -> Prompt:
-    """Tokenises `text`, of which phrase k is the characters `spans[k]`; words of no phrase may fall off its end."""
-    encoding = tokenizer.encode(text)
-    ids, offsets, tail = encoding.ids, encoding.offsets, tokenizer.num_trailing
-    reach = np.asarray(offsets, np.int64).reshape(-1, 2)
-    tokens = np.zeros((len(phrases), len(ids)), bool)
-    for row, phrase_spans in zip(tokens, spans, strict=True):
-        for start, end in phrase_spans:
-            row |= (reach[:, 0] < end) & (reach[:, 1] > start)
-    found = tokens.any(axis=1)
-    if not found.all():
-        missing = phrases[int(np.argmin(found))]
-        raise ValueError(f"the tokenizer keeps nothing of the phrase {missing!r}: leave it out or rename it")
+    """Pads or cuts the tokens of a prompt to `max_tokens`; row k of the positive map is over the ranges `rows[k]`."""
     if len(ids) > max_tokens:
-        kept = max_tokens - tail
-        fallen = tokens[:, max(kept, 0) :].any(axis=1)
-        if fallen.any() or kept < tokenizer.num_leading:
-            raise PromptTooLong([phrases[k] for k in np.flatnonzero(fallen).tolist()], len(ids), max_tokens)
-        ids = ids[:kept] + ids[len(ids) - tail :]
-        tokens = tokens[:, :max_tokens]
+        kept = max_tokens - tokenizer.num_trailing
+        ids = ids[:kept] + ids[len(ids) - tokenizer.num_trailing :]
     input_ids = np.full(max_tokens, tokenizer.pad_id, np.int32)
     input_ids[: len(ids)] = ids
-    positive_map = np.zeros((len(phrases), max_tokens), np.float32)
-    positive_map[:, : len(ids)] = tokens / np.maximum(tokens.sum(axis=1, keepdims=True), 1)
-    attention_mask = (np.arange(max_tokens) < len(ids)).astype(np.int32)
+    attention_mask = np.zeros(max_tokens, np.int32)
+    attention_mask[: len(ids)] = 1
+    positive_map = np.zeros((len(rows), max_tokens), np.float32)
+    for row, ranges in zip(positive_map, rows, strict=True):
+        for first, last in ranges:
+            row[first:last] = 1
+    positive_map /= np.maximum(positive_map.sum(axis=1, keepdims=True), 1)
     return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases))
+
+
+def _check_fit(
+    phrases: Sequence[str], ranges: Sequence[Range], num_tokens: int, tokenizer: TextTokenizer, max_tokens: int
+) -> None:
+    """Raises an error if a phrase has no tokens, or not all within `max_tokens` of `num_tokens`."""
+    if nothing := [k for k, (first, last) in enumerate(ranges) if first >= last]:
+        raise ValueError(
+            f"the tokenizer keeps nothing of the phrase {phrases[nothing[0]]!r}: leave it out or rename it"
+        )
+    if num_tokens > max_tokens:
+        kept = max_tokens - tokenizer.num_trailing
+        fallen = [phrase for phrase, (_, last) in zip(phrases, ranges, strict=True) if last > kept]
+        if fallen or kept < tokenizer.num_leading:
+            raise PromptTooLong(fallen, num_tokens, max_tokens)
+
+
+def _find_ranges(encoding: Encoding, spans: Sequence[Sequence[Span]], tokenizer: TextTokenizer) -> list[list[Range]]:
+    """Returns for each phrase the tokens that its characters are in: a range for each span that has any."""
+    lead = tokenizer.num_leading
+    reach = np.asarray(encoding.offsets[lead : len(encoding.ids) - tokenizer.num_trailing], np.int64).reshape(-1, 2)
+    if not spans:
+        return []
+    starts, ends = np.asarray([span for of_phrase in spans for span in of_phrase], np.int64).reshape(-1, 2).T
+    firsts = lead + reach[:, 1].searchsorted(starts, side="right")
+    lasts = lead + reach[:, 0].searchsorted(ends, side="left")
+    found = iter(zip(firsts.tolist(), lasts.tolist(), strict=True))
+    rows = [list(itertools.islice(found, len(of_phrase))) for of_phrase in spans]
+    return [[(first, last) for first, last in row if first < last] for row in rows]
+
+
+def _tokenize_phrases(phrases: Sequence[str], tokenizer: TextTokenizer, prefix: str) -> tuple[list[int], list[Range]]:
+    """Returns the tokens of a prompt of phrases, and which of them are each phrase's."""
+    ranges = []
+    if tokenizer.splits_at_spaces and phrases and (not prefix or prefix.endswith(" ")):
+        # The same as below, without tokenising and looking for each phrase again.
+        parts = tokenizer.encode_parts(phrases[:-1], _STOP) + tokenizer.encode_parts(phrases[-1:], "")
+        ((ids, _),) = tokenizer.encode_parts([prefix], "")
+        ids = ids.copy()
+        for part, count in parts:
+            first = len(ids) + tokenizer.num_leading
+            ranges.append((first, first + count))
+            ids += part
+        return tokenizer.add_special(ids), ranges
+    spans, start = [], len(prefix)
+    for phrase in phrases:
+        spans.append([(start, start + len(phrase))])
+        start += len(phrase) + len(SEPARATOR)
+    encoding = tokenizer.encode(prefix + SEPARATOR.join(phrases))
+    return encoding.ids, [_enclose(row) for row in _find_ranges(encoding, spans, tokenizer)]
+
+
+def _enclose(ranges: Sequence[Range]) -> Range:
+    """Returns the range from the first to the last of a phrase's tokens, (0, 0) if it has none."""
+    return min((first for first, _ in ranges), default=0), max((last for _, last in ranges), default=0)
+
+
+def join_phrases(
+    phrases: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    tokenizer: TextTokenizer,
+    max_tokens: int,
+    prefix: str = "",
+) -> Prompt:
+    """Joins phrases without white space around them, as `build_prompt`, with a row for each group of them.
+
+    Args:
+        groups: positions of the phrases whose tokens a row of the positive map is spread over; the first of them names
+            it. A phrase may be in several groups or in none.
+
+    Raises:
+        ValueError: the tokenizer has no tokens for a phrase.
+        PromptTooLong: not all phrases fit.
+    """
+    ids, ranges = _tokenize_phrases(phrases, tokenizer, prefix)
+    _check_fit(phrases, ranges, len(ids), tokenizer, max_tokens)
+    rows = [[ranges[k] for k in group] for group in groups]
+    names = [phrases[group[0]] for group in groups]
+    return _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, tokenizer, max_tokens)
 
 
 def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> Prompt:
@@ -122,11 +196,7 @@ def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: i
         PromptTooLong: not all of them fit; it names those that do not.
     """
     phrases = [strip_phrase(phrase) for phrase in phrases]
-    spans, start = [], len(prefix)
-    for phrase in phrases:
-        spans.append([(start, start + len(phrase))])
-        start += len(phrase) + len(SEPARATOR)
-    return _make_prompt(prefix + SEPARATOR.join(phrases), phrases, spans, tokenizer, max_tokens)
+    return join_phrases(phrases, [[k] for k in range(len(phrases))], tokenizer, max_tokens, prefix)
 
 
 def strip_phrase(phrase: str) -> str:
@@ -144,17 +214,16 @@ def strip_phrase(phrase: str) -> str:
 def token_budget(tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> int:
     """Returns the tokens of a prompt that phrases may take, each with a separator after it."""
     return (
-        max_tokens
-        - tokenizer.count(prefix)
-        - tokenizer.num_leading
-        - tokenizer.num_trailing
-        + tokenizer.count(SEPARATOR.strip())
+        max_tokens - tokenizer.count(prefix) - tokenizer.num_leading - tokenizer.num_trailing + tokenizer.count(_STOP)
     )
 
 
-def token_cost(phrase: str, tokenizer: TextTokenizer) -> int:
-    """Returns the tokens of a phrase with its separator (exact where words are tokenised one by one, as in BERT)."""
-    return tokenizer.count(phrase) + tokenizer.count(SEPARATOR.strip())
+def token_costs(phrases: Iterable[str], tokenizer: TextTokenizer) -> list[int]:
+    """Returns the tokens of phrases with a separator each (exact where words are tokenised one by one, as in BERT)."""
+    if tokenizer.splits_at_spaces:
+        return [len(ids) for ids, _ in tokenizer.encode_parts(phrases, _STOP)]
+    separator = tokenizer.count(_STOP)
+    return [tokenizer.count(phrase) + separator for phrase in phrases]
 
 
 def build_prompts(
@@ -172,11 +241,12 @@ def build_prompts(
     if not phrases:
         raise ValueError("there are no phrases to look for: give at least one")
     budget = token_budget(tokenizer, max_tokens, prefix)
+    costs = token_costs(map(strip_phrase, phrases), tokenizer)
     prompts: list[tuple[Prompt, list[int]]] = []
     start = 0
     while start < len(phrases):
         end, used = start, 0
-        while end < len(phrases) and (used := used + token_cost(strip_phrase(phrases[end]), tokenizer)) <= budget:
+        while end < len(phrases) and (used := used + costs[end]) <= budget:
             end += 1
         end = max(end, start + 1)
         while True:
@@ -224,7 +294,10 @@ def build_caption_prompt(
         phrases.append(strip_phrase(" ".join(caption[start:end] for start, end in phrase_spans)))
     shift = len(prefix)
     spans = [[(start + shift, end + shift) for start, end in phrase_spans] for phrase_spans in spans]
-    return _make_prompt(prefix + caption, phrases, spans, tokenizer, max_tokens)
+    encoding = tokenizer.encode(prefix + caption)
+    rows = _find_ranges(encoding, spans, tokenizer)
+    _check_fit(phrases, [_enclose(row) for row in rows], len(encoding.ids), tokenizer, max_tokens)
+    return _fill_prompt(prefix + caption, phrases, encoding.ids, rows, tokenizer, max_tokens)
 
 
 def make_prefix(modality: str, body_regions: Iterable[str] = ()) -> str:

@@ -4,7 +4,7 @@ A records directory is a TFDS directory (`tfds.builder_from_directory` opens it)
 
     {"dataset": name, "format": "array_record" or "tfrecord",
      "splits": {split: {"num_examples", "shard_lengths", "shard_bytes", "labels": {label: regions},
-                        "phrases": {phrase: {"label", "granularity", "count", "modalities"}},
+                        "phrases": {phrase: {"label", "granularity", "count", "modalities", "data_sets"}},
                         "counts": {"clipped": n, "dropped": {reason: n}}}},
      "build": {"source", "skipped", "unused", ...}}
 """

@@ -75,11 +75,19 @@ class SplitWriter:
         for region in example.regions:
             self._labels[region.label] += 1
             entry = self._phrases.setdefault(
-                region.phrase, {"label": region.label, "granularity": region.granularity, "count": 0, "modalities": []}
+                region.phrase,
+                {
+                    "label": region.label,
+                    "granularity": region.granularity,
+                    "count": 0,
+                    "modalities": [],
+                    "data_sets": [],
+                },
             )
             entry["count"] += 1
-            if example.modality not in entry["modalities"]:
-                entry["modalities"].append(example.modality)
+            for field, value in (("modalities", example.modality), ("data_sets", example.dataset)):
+                if value not in entry[field]:
+                    entry[field].append(value)
 
     def close(self) -> None:
         for position, writer in enumerate(self._writers):

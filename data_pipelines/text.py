@@ -12,7 +12,7 @@ from data_pipelines.prompts import (
 )
 from data_pipelines.sides import swap_sides, swap_sides_with_spans
 from data_pipelines.tokenization import Encoding, TextTokenizer, load_tokenizer
-from data_pipelines.vocabulary import Vocabulary
+from data_pipelines.vocabulary import Vocabulary, make_vocabularies
 
 __all__ = [
     "Encoding",
@@ -26,6 +26,7 @@ __all__ = [
     "build_prompts",
     "load_tokenizer",
     "make_prefix",
+    "make_vocabularies",
     "order_by_body_region",
     "sample_prompt",
     "swap_sides",

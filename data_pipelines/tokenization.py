@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterable
 from typing import Any
 
 import tokenizers
@@ -35,6 +36,7 @@ class TextTokenizer:
         vocab_size: rows that an embedding table needs.
         pad_id: id of the padding token.
         num_leading, num_trailing: special tokens before and after a text ([CLS] and [SEP] in BERT).
+        splits_at_spaces: whether the tokens of a text are those of its words one by one.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: dict[str, Any]):
@@ -63,9 +65,10 @@ class TextTokenizer:
         self.num_leading = special.index(0)
         self.num_trailing = special[::-1].index(0)
         self._leading, self._trailing = ids[: self.num_leading], ids[len(ids) - self.num_trailing :]
-        self._splits_at_spaces = _splits_at_spaces(tokenizer)
+        self.splits_at_spaces = _splits_at_spaces(tokenizer)
         self._lengths: dict[str, int] = {}
         self._words: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+        self._parts: dict[str, dict[str, tuple[list[int], int]]] = {}
 
     def encode(self, text: str) -> Encoding:
         """Tokenises a text and adds the special tokens.
@@ -73,18 +76,48 @@ class TextTokenizer:
         Raises:
             ValueError: the text has lone surrogates.
         """
-        if not self._splits_at_spaces:
+        if not self.splits_at_spaces:
             encoding = self._encode(text)
             return Encoding(encoding.ids, encoding.offsets)
-        # Prompts are made of the same words again and again, and encoding one takes longer than joining a hundred.
-        ids, offsets = self._leading.copy(), [(0, 0)] * self.num_leading
+        ids, offsets = self._encode_words(text)
+        return Encoding(self.add_special(ids), [(0, 0)] * self.num_leading + offsets + [(0, 0)] * self.num_trailing)
+
+    def add_special(self, ids: list[int]) -> list[int]:
+        """Returns the tokens of a text with the special ones around them."""
+        return self._leading + ids + self._trailing
+
+    def encode_parts(self, phrases: Iterable[str], separator: str) -> list[tuple[list[int], int]]:
+        """Returns for each phrase the tokens of it and a separator, and how many of them are of the phrase.
+
+        Without special tokens; remembered, phrases come again. Where `splits_at_spaces`, the tokens of a prompt are
+        those of its parts, if a space stands between them.
+        """
+        known = self._parts.setdefault(separator, {})
+        return [known.get(phrase) or self._encode_part(phrase, separator, known) for phrase in phrases]
+
+    def _encode_part(
+        self, phrase: str, separator: str, known: dict[str, tuple[list[int], int]]
+    ) -> tuple[list[int], int]:
+        ids, offsets = self._encode_words(phrase + separator)
+        if len(known) >= _REMEMBERED:
+            known.clear()
+        part = known[phrase] = ids, sum(start < len(phrase) for start, _ in offsets)
+        return part
+
+    def _encode_words(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns tokens and offsets without special tokens, word by word.
+
+        Prompts are made of the same words again and again, and encoding one takes longer than joining a hundred.
+        """
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
         start = 0
         for word in text.split(" "):
             known = self._words.get(word) or self._encode_word(word, text)
             ids += known[0]
             offsets += [(first + start, last + start) for first, last in known[1]]
             start += len(word) + 1
-        return Encoding(ids + self._trailing, offsets + [(0, 0)] * self.num_trailing)
+        return ids, offsets
 
     def _encode_word(self, word: str, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         try:
@@ -125,7 +158,7 @@ class TextTokenizer:
             (directory / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lengths": {}, "_words": {}}
+        return {**self.__dict__, "_lengths": {}, "_words": {}, "_parts": {}}
 
 
 def _splits_at_spaces(tokenizer: tokenizers.Tokenizer) -> bool:

@@ -4,9 +4,11 @@ Boxes are x0 y0 x1 y1 in pixels, half-open, so that scaling and mirroring them a
 """
 
 import dataclasses
+import functools
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.text import swap_sides, swap_sides_with_spans
@@ -48,7 +50,7 @@ def decode_image(encoded: bytes) -> np.ndarray:
 
 
 def resize_into(
-    image: np.ndarray, canvas: tuple[int, int], scale: float = 1.0
+    image: np.ndarray, canvas: tuple[int, int], scale: float = 1.0, flip: bool = False
 ) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
     """Resizes an image into a canvas, keeping its aspect to the nearest pixel, with zeros to the right and below.
 
@@ -56,6 +58,7 @@ def resize_into(
         image: uint8[h, w, 3].
         canvas: (H, W) in pixels.
         scale: size relative to the largest that fits, above 0 and at most 1.
+        flip: mirror the image, from left to right.
 
     Returns:
         (pixels, size, scales): uint8[H, W, 3]; the (height, width) that the image takes in it; and the canvas pixels
@@ -74,11 +77,14 @@ def resize_into(
         min(max(round(factor * length), 1), limit) for length, limit in zip((height, width), canvas, strict=True)
     )
     pixels = np.zeros((*canvas, 3), np.uint8)
-    if size == (height, width):
-        pixels[:height, :width] = image
-    else:
+    inside = pixels[: size[0], : size[1]]  # the functions of OpenCV write there: copying takes as long as mirroring
+    if size != (height, width):
         interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
-        cv2.resize(image, size[::-1], dst=pixels[: size[0], : size[1]], interpolation=interpolation)
+        image = cv2.resize(image, size[::-1], dst=None if flip else inside, interpolation=interpolation)
+    if flip:
+        cv2.flip(image, 1, dst=inside)
+    elif size == (height, width):
+        inside[:] = image
     return pixels, size, (size[0] / height, size[1] / width)
 
 
@@ -88,18 +94,10 @@ def scale_boxes(boxes: np.ndarray, scales: tuple[float, float]) -> np.ndarray:
     return (np.asarray(boxes) * np.asarray([x, y, x, y])).astype(np.float32)
 
 
-def flip_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
+def flip_boxes(boxes: ArrayLike, width: float) -> np.ndarray:
     """Mirrors boxes [..., 4] in an image of this width."""
     boxes = np.asarray(boxes)
     return np.stack([width - boxes[..., 2], boxes[..., 1], width - boxes[..., 0], boxes[..., 3]], axis=-1)
-
-
-def flip_pixels(pixels: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Mirrors uint8[H, W] or uint8[H, W, 3]; with `size` (height, width) only that part of its upper left."""
-    height, width = size or pixels.shape[:2]
-    flipped = pixels.copy()
-    flipped[:height, :width] = cv2.flip(pixels[:height, :width], 1)
-    return flipped
 
 
 def flip_mask(mask: dict) -> dict:
@@ -117,12 +115,11 @@ def flip_annotations(example: GroundingExample) -> GroundingExample:
     has no side keeps its name, and so do words such as "leftmost".
     """
     caption, spans = swap_sides_with_spans(example.caption, [region.spans for region in example.regions])
+    boxes = flip_boxes([region.box for region in example.regions] or np.zeros((0, 4)), example.width)
     return dataclasses.replace(
         example,
         caption=caption,
-        regions=tuple(
-            _flip_region(region, example.width, moved) for region, moved in zip(example.regions, spans, strict=True)
-        ),
+        regions=tuple(map(_flip_region, example.regions, boxes, spans)),
         absent=tuple(swap_sides(label) for label in example.absent),
         expressions=tuple(_flip_expression(expression) for expression in example.expressions),
     )
@@ -133,13 +130,18 @@ def _flip_expression(expression: Expression) -> Expression:
     return dataclasses.replace(expression, text=text, spans=spans)
 
 
-def _flip_region(region: Region, width: int, spans: tuple[tuple[int, int], ...]) -> Region:
-    return dataclasses.replace(
-        region,
-        box=flip_boxes(region.box, width),
-        phrase=swap_sides(region.phrase),
-        label=swap_sides(region.label),
-        parent=swap_sides(region.parent),
+def _flip_region(region: Region, box: np.ndarray, spans: tuple[tuple[int, int], ...]) -> Region:
+    return Region(
+        box=box,
+        phrase=_swap_name(region.phrase),
+        label=_swap_name(region.label),
+        granularity=region.granularity,
+        parent=_swap_name(region.parent),
         mask=region.mask and flip_mask(region.mask),
+        iscrowd=region.iscrowd,
         spans=spans,
+        source_label=region.source_label,
     )
+
+
+_swap_name = functools.lru_cache(maxsize=65536)(swap_sides)  # names come again, sentences do not

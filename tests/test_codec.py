@@ -37,6 +37,14 @@ CHEST = GroundingExample(
         Expression("no fracture", kind="absent"),
     ),
 )
+
+
+def test_masks_are_left_out_if_asked_to():
+    example = parse_example(encode_example(CHEST), masks=False)
+    assert [region.mask for region in example.regions] == [None, None]
+    assert [region.spans for region in example.regions] == [region.spans for region in CHEST.regions]
+
+
 LISTS = ("absent", "caption_spans", "expression_regions", "expression_spans")  # any number of values will do
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data_pipelines
 from configs.medglip_t import get_config
-from data_pipelines.loader import ExampleSource, eval_loader, merge_phrases, train_loader
+from data_pipelines.loader import ExampleSource, eval_loader, train_loader
 from data_pipelines.records import FORMATS, RecordsError, find_shards, write_records
 from data_pipelines.schema import MODALITIES, GroundingExample, Region
 from data_pipelines.text import load_tokenizer
@@ -302,24 +302,33 @@ def test_several_records_are_mixed_by_the_weights_of_their_data_sets(path, tmp_p
     assert sum(image_id.startswith("other") for image_id in weighted) == 24
 
 
+def test_negatives_are_of_the_image_s_own_data_set(tmp_path):
+    write_records([make_example(index) for index in range(4)], tmp_path / "one", name="set")
+    spot = Region(np.asarray([1, 1, 5, 5], np.float32), "spot", "spot")
+    other = [dataclasses.replace(make_example(4), image_id="other", dataset="o", absent=(), regions=(spot,))]
+    write_records(other, tmp_path / "two", name="other")
+    data = recipe(f"{tmp_path / 'one'},{tmp_path / 'two'}", caption_probability=0.0)
+    words = {name: set(load_tokenizer().encode(name).ids[1:-1]) for name in ("spot", "lung")}
+    shown = {"spot": 0, "lung": 0}
+    for batch in take(data, 20):
+        for image_id, tokens in zip(batch["image_id"], batch["input_ids"], strict=True):
+            stranger = "lung" if image_id == "other" else "spot"
+            assert not words[stranger] & set(tokens.tolist())
+            shown[stranger] += 1
+    assert min(shown.values()) > 0
+
+
+def test_examples_of_batches_hold_no_masks(tmp_path):
+    example = make_example(3)
+    masked = dataclasses.replace(example.regions[0], mask={"size": [example.height, example.width], "counts": b"0"})
+    write_records([dataclasses.replace(example, regions=(masked,))], tmp_path / "set", name="set")
+    assert ExampleSource(find_shards(tmp_path / "set"))[0].regions[0].mask is None
+
+
 def test_folder_with_a_comma_in_its_name_is_one_folder(tmp_path):
     write_records([make_example(1)], tmp_path / "a,b", name="set")
     for text in (f"{tmp_path}/a,b", f"{tmp_path}/a,b:train"):
         assert ids(take(recipe(text), 1)) == ["image 1", "image 1"]
-
-
-def test_vocabularies_of_several_records_become_one():
-    first = {"x": {"label": "a", "granularity": "organ", "count": 2, "modalities": ["ct"]}}
-    second = {
-        "x": {"label": "b", "granularity": "lesion", "count": 5, "modalities": ["mri", "ct"]},
-        "y": {"label": "c", "granularity": "organ", "count": 9, "modalities": ["ct"]},
-    }
-    merged = merge_phrases([first, second])
-    assert merged == {
-        "y": second["y"],
-        "x": {"label": "b", "granularity": "lesion", "count": 7, "modalities": ["ct", "mri"]},
-    }
-    assert list(merged) == ["y", "x"]
 
 
 def corrupt_records(directory: pathlib.Path, places, file_format="array_record", count=COUNT) -> str:

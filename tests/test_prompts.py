@@ -19,7 +19,6 @@ from data_pipelines.text import (
     load_tokenizer,
     sample_prompt,
 )
-from data_pipelines.vocabulary import find_broader
 
 TOKENIZER = load_tokenizer()
 TAXONOMY = load_taxonomy()
@@ -70,131 +69,9 @@ def region(phrase: str, label: str, **fields) -> Region:
     return Region(np.zeros(4, np.float32), phrase, label, **fields)
 
 
-NAMES = {name: label.id for label in TAXONOMY.labels.values() for name in (label.name, *label.synonyms)}
-EVERYTHING = Vocabulary(NAMES)
-CHEST = Vocabulary({phrase: NAMES[phrase] for phrase in ("heart", "lung nodule", "fracture", "trachea")})
-
-
-def negatives_of(example: GroundingExample, vocabulary: Vocabulary = EVERYTHING, count: int = 10**6, **options):
-    return vocabulary.sample_negatives(example, np.random.default_rng(0), count, **options)
-
-
-@given(st.sets(st.sampled_from(sorted(TAXONOMY.labels)), max_size=4))
-def test_negatives_are_all_but_what_the_image_shows_what_that_is_and_is_in_and_what_might_be_it(labels):
-    named = labels | {parent for label in labels if (parent := TAXONOMY.labels[label].parent)}  # as regions name them
-    true = named.union(*(TAXONOMY.ancestors(label) for label in named))
-    might = {label for label in TAXONOMY.labels if labels & {*find_broader(label)}}
-    expected = sorted(name for name, label in NAMES.items() if label not in true | might)
-    assert sorted(negatives_of(shows(*labels))) == expected
-
-
-def test_broader_labels_are_kinds_and_the_structure_of_both_sides_but_not_what_holds_it():
-    assert find_broader("left_lung") == ("lung",)
-    assert {"tumor", "lesion"} <= {*find_broader("liver_tumor")}
-    assert not {"liver", "abdomen"} & {*find_broader("liver_tumor")}
-    assert find_broader("liver") == find_broader("left_ventricle") == find_broader("odd") == ()
-
-
-def test_what_the_image_shows_is_known_by_phrase_label_and_parent():
-    def left_out(*regions):
-        found = {NAMES[name] for name in negatives_of(dataclasses.replace(shows(), regions=regions))}
-        return set(TAXONOMY.labels) - found
-
-    assert left_out() == set()
-    assert left_out(region("Lung_Cancer", "class 3")) >= {"lung_tumor", "lung", "chest", "tumor"}
-    assert "red_blood_cell" in left_out(region("a spot", "RBC"))
-    assert left_out(region("a spot", "spot", parent="left_lung")) == {"left_lung", "lung", "chest"}
-    assert left_out(region("heart", "heart", iscrowd=True)) >= {"heart", "mediastinum", "chest"}
-    assert left_out(region("lung", "lung")) >= {"left_lung", "right_lung"}  # one of both may be what is boxed
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"caption": "Multiple Lung-Nodules; heart enlarged."},
-        {"expressions": (Expression("several lung nodules beside the heart"),)},
-    ],
+EVERYTHING = Vocabulary(
+    {name: label.id for label in TAXONOMY.labels.values() for name in (label.name, *label.synonyms)}
 )
-def test_what_the_sentences_of_an_image_mention_is_no_negative_though_it_is_not_boxed(told):
-    assert sorted(negatives_of(shows("trachea", **told), CHEST)) == ["fracture"]
-    odd = Vocabulary({"odd shadow": "odd_shadow", "shadow": "shadow"})
-    assert negatives_of(shows(caption="Two odd shadows."), odd) == []
-    assert negatives_of(shows(caption="An odd thing."), odd) != []
-
-
-def test_what_a_sentence_denies_may_be_a_negative():
-    denial = Expression("no lung nodule", kind="absent")
-    assert "lung nodule" in negatives_of(shows(expressions=(denial,)), CHEST)
-    mentioned = shows(caption="No lung nodule.", absent=("lung_nodule",))  # an expert looked for it
-    assert negatives_of(mentioned, CHEST)[0] == "lung nodule"
-
-
-@given(st.floats(0.1, 1), st.integers(1, 12), st.integers(0, 9))
-def test_share_of_negatives_is_from_the_same_body_region(share, count, seed):
-    vocabulary = Vocabulary({label.name: label.id for label in TAXONOMY.labels.values()})
-    drawn = vocabulary.sample_negatives(shows("liver"), np.random.default_rng(seed), count, share)
-    regions = [TAXONOMY.labels[NAMES[name]].body_region for name in drawn]
-    assert len(drawn) == len(set(drawn)) == count
-    assert regions.count("abdomen") >= share * count - 1e-9
-
-
-def test_too_few_phrases_of_the_body_region_are_filled_up_from_elsewhere():
-    vocabulary = Vocabulary({"spleen": "spleen", "heart": "heart", "trachea": "trachea"})
-    assert sorted(negatives_of(shows("liver"), vocabulary, 3, hard_share=1.0)) == ["heart", "spleen", "trachea"]
-    assert negatives_of(shows("liver"), vocabulary, 1, hard_share=1.0) == ["spleen"]
-    assert negatives_of(shows(absent=("fracture",)), vocabulary, 1, hard_share=1.0) == ["fracture"]
-
-
-def test_phrase_of_a_label_that_is_shown_is_no_negative_outside_the_taxonomy_either():
-    vocabulary = Vocabulary({"Spot": "odd", "blot": "odd", "streak-like": "even", "streak like": "even"})
-    example = dataclasses.replace(shows(), regions=(region("spot", "odd"),))
-    (negative,) = vocabulary.sample_negatives(example, np.random.default_rng(0), 9)
-    assert negative in ("streak-like", "streak like")
-    synonym = Vocabulary({"Lung Cancer": "class 3"})
-    assert synonym.sample_negatives(shows("lung_tumor"), np.random.default_rng(0), 9) == []
-
-
-def test_absent_labels_are_the_first_negatives():
-    example = shows("left_lung", absent=("pneumothorax", "lung_nodule", "odd_shadow", "pneumothorax"))
-    first = collections.Counter()
-    for seed in range(60):
-        negatives = EVERYTHING.sample_negatives(example, np.random.default_rng(seed), 5)
-        assert len(set(negatives)) == 5
-        assert sorted(negatives[:3]) == ["lung nodule", "odd shadow", "pneumothorax"]
-        first[negatives[0]] += 1
-    assert len(first) == 3
-
-
-def test_absent_label_goes_by_the_phrase_of_the_data_set():
-    vocabulary = Vocabulary({"lung lesion": "lung_nodule", "spot": "lung_nodule"})
-    example = shows(absent=("lung_nodule",))
-    assert vocabulary.sample_negatives(example, np.random.default_rng(0), 1) == ["lung lesion"]
-    assert Vocabulary({}).phrase_of("left_autochthon") == "left back muscle"  # else by that of the taxonomy
-
-
-def test_label_both_shown_and_absent_is_no_negative():
-    example = shows("left_lung", "lung_tumor", absent=("lung", "lung_tumor", "Lung Cancer", "odd"))
-    example = dataclasses.replace(example, regions=(*example.regions, region("spot", "odd")))
-    assert Vocabulary({}).sample_negatives(example, np.random.default_rng(0), 9) == []
-
-
-@pytest.mark.parametrize("count", [0, 1, 3])
-def test_no_more_negatives_than_asked_for(count):
-    example = shows(absent=("pneumothorax", "polyp"))
-    assert len(CHEST.sample_negatives(example, np.random.default_rng(0), count)) == count
-
-
-def test_every_phrase_of_the_vocabulary_comes_up():
-    drawn = (CHEST.sample_negatives(shows("heart"), np.random.default_rng(seed), 1) for seed in range(300))
-    found = collections.Counter(name for names in drawn for name in names)
-    assert found.keys() == {"lung nodule", "fracture", "trachea"}
-    assert min(found.values()) > 60
-
-
-def test_vocabulary_comes_from_the_metadata_of_records():
-    metadata = {"spot": {"label": "lung_nodule", "granularity": "lesion", "count": 3, "modalities": {"ct": 3}}}
-    vocabulary = Vocabulary.from_metadata(metadata)
-    assert (vocabulary.phrases, vocabulary.phrase_of("lung_nodule")) == (("spot",), "spot")
 
 
 def sample(example: GroundingExample, seed: int = 0, **changes) -> tuple[Prompt, tuple[Region, ...]]:
@@ -447,6 +324,17 @@ def test_expression_is_a_prompt_whose_targets_are_its_regions_only():
     assert [each.phrase for each in regions] == ["lung nodule"]
     assert tokens_of(prompt, 0) == tokenize("the nodule")
     assert tokens_of(prompts["the nodule"][0], 0) == tokenize("the nodule")
+
+
+def test_expressions_of_one_sentence_are_one_prompt_that_grounds_each_by_its_own_words():
+    text = "a nodule in the left lung, the nodule being small"
+    first = Expression(text, (1,), ((0, 8),))
+    again = Expression(text, (1,), ((text.index("the nodule"), text.index(" being")),))
+    lung = Expression(text, (0,), ((text.index("left"), text.index(",")),))
+    prompt, regions = expression_prompts(with_expressions(first, lung, REFERRING, again))[text]
+    assert [each.phrase for each in regions] == ["lung nodule", "left lung"]
+    assert tokens_of(prompt, 0) == tokenize("a nodule the nodule")
+    assert tokens_of(prompt, 1) == tokenize("left lung")
 
 
 def test_expression_of_nothing_is_a_prompt_without_targets():

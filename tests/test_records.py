@@ -156,6 +156,7 @@ def test_metadata_counts_phrases(written):
         "granularity": "lesion",
         "count": 6,
         "modalities": ["ct"],
+        "data_sets": ["set"],
     }
     assert found.metadata["labels"] == {"lesion": 9}
 

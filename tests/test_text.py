@@ -1,3 +1,4 @@
+import copy
 import itertools
 import pickle
 
@@ -73,6 +74,26 @@ def test_every_phrase_gets_exactly_its_own_tokens_and_separators_belong_to_none(
     np.testing.assert_allclose(prompt.positive_map.sum(axis=1), 1, rtol=1e-6)
 
 
+@given(st.lists(phrases, min_size=1, max_size=8), st.sampled_from(["", "chest x-ray: ", "odd:"]), st.integers(4, 60))
+def test_prompts_of_remembered_phrases_are_those_of_the_whole_text(names, prefix, max_tokens):
+    whole = copy.copy(TOKENIZER)
+    whole.splits_at_spaces = False
+
+    def build(tokenizer):
+        try:
+            return build_prompt(names, tokenizer, max_tokens, prefix)
+        except PromptTooLong as error:
+            return error.phrases, error.num_tokens
+
+    quick, slow = build(TOKENIZER), build(whole)
+    if not isinstance(quick, Prompt) or not isinstance(slow, Prompt):
+        assert quick == slow
+        return
+    assert (quick.text, quick.phrases) == (slow.text, slow.phrases)
+    for field in ("input_ids", "attention_mask", "positive_map"):
+        np.testing.assert_array_equal(getattr(quick, field), getattr(slow, field))
+
+
 def test_rest_of_a_prompt_is_padding_that_belongs_to_no_phrase():
     prompt = build_prompt(["left lung", "nodule"], TOKENIZER, 12)
     assert prompt.attention_mask.tolist() == [1] * 6 + [0] * 6
@@ -139,6 +160,12 @@ def test_spans_of_a_sentence_get_exactly_their_words(data):
     for row, group in enumerate(groups):
         assert tokens_of(prompt, row) == [token for i in sorted(group) for token in tokenize(words[i])]
         assert set(np.unique(prompt.positive_map[row] * len(tokens_of(prompt, row))).round(5)) <= {0, 1}
+
+
+def test_span_gets_no_token_that_ends_where_it_begins_or_begins_where_it_ends():
+    text = "(left)lung/nodule"
+    prompt = build_caption_prompt(text, [[(text.index("lung"), text.index("/"))]], TOKENIZER, 16)
+    assert tokens_of(prompt, 0) == tokenize("lung")
 
 
 def test_span_that_cuts_a_word_gets_its_tokens():

@@ -16,7 +16,6 @@ from data_pipelines.transforms import (
     flip_annotations,
     flip_boxes,
     flip_mask,
-    flip_pixels,
     resize_into,
     scale_boxes,
 )
@@ -230,7 +229,7 @@ def test_flipped_box_covers_the_same_pixels_of_the_flipped_image(boxes_and_size)
         mirrored = np.zeros_like(covered)
         a0, b0, a1, b1 = flip_boxes(np.asarray([x0, y0, x1, y1]), width)
         mirrored[b0:b1, a0:a1] = 1
-        np.testing.assert_array_equal(flip_pixels(covered), mirrored)
+        np.testing.assert_array_equal(covered[:, ::-1], mirrored)
 
 
 def test_boxes_keep_their_leading_dimensions():
@@ -242,13 +241,17 @@ def test_boxes_keep_their_leading_dimensions():
 
 
 def test_only_the_image_is_flipped_and_its_padding_stays():
-    pixels, size, _ = resize_into(COLOURS, (16, 16), 0.5)
-    before = pixels.copy()
-    flipped = flip_pixels(pixels, size)
-    np.testing.assert_array_equal(flipped[: size[0], : size[1]], pixels[: size[0], : size[1]][:, ::-1])
-    assert not flipped[size[0] :].any() and not flipped[:, size[1] :].any()
-    np.testing.assert_array_equal(pixels, before)
-    np.testing.assert_array_equal(flip_pixels(flipped, size), pixels)
+    given = COLOURS.copy()
+    for canvas, scale in [((16, 16), 0.5), (COLOURS.shape[:2], 1.0), ((3, 11), 1.0)]:
+        (pixels, size, scales), flipped = (
+            resize_into(given, canvas, scale),
+            resize_into(given, canvas, scale, flip=True),
+        )
+        assert flipped[1:] == (size, scales)
+        expected = np.zeros_like(pixels)
+        expected[: size[0], : size[1]] = pixels[: size[0], : size[1]][:, ::-1]
+        np.testing.assert_array_equal(flipped[0], expected)
+    np.testing.assert_array_equal(given, COLOURS)
 
 
 @given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 1)))
@@ -316,7 +319,7 @@ def test_mirrored_chest_swaps_left_and_right_everywhere(chest):
 
 
 def test_mirrored_annotations_fit_the_mirrored_pixels(chest):
-    mirrored, pixels = flip_annotations(chest), flip_pixels(decode_image(chest.image))
+    mirrored, pixels = flip_annotations(chest), decode_image(chest.image)[:, ::-1]
     painted = np.zeros_like(pixels)
     for region, value in zip(mirrored.regions, (80, 160, 240), strict=True):
         x0, y0, x1, y1 = region.box.astype(int)
@@ -345,8 +348,7 @@ def test_image_without_regions_is_mirrored_too():
 def test_flips_and_scales_of_a_training_image_keep_content_in_its_box(chest):
     pixels = decode_image(chest.image)
     for canvas, scale in itertools.product([(40, 64), (64, 128)], [1.0, 0.5]):
-        resized, size, scales = resize_into(pixels, canvas, scale)
-        flipped = flip_pixels(resized, size)
+        flipped, _, scales = resize_into(pixels, canvas, scale, flip=True)
         for region, value in zip(flip_annotations(chest).regions, (80, 160, 240), strict=True):
             x0, y0, x1, y1 = scale_boxes(region.box, scales)
             assert (flipped[int((y0 + y1) / 2), int((x0 + x1) / 2)] == value).all()

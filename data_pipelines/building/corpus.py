@@ -303,7 +303,7 @@ class _Build:
         for split, rows in sorted(splits.items()):
             markers = [json.loads(task.marker.read_text(encoding="ascii")) for task in tasks[split]]
             entries[split] = {
-                **split_metadata(rows, self._names),
+                **split_metadata(rows, self._names, self._find_partial()),
                 "shard_lengths": [len(task.part) for task in tasks[split]],
                 "shard_bytes": [marker["bytes"] for marker in markers],
                 "shard_sha256": [marker["sha256"] for marker in markers],
@@ -322,6 +322,14 @@ class _Build:
             task.marker.unlink(missing_ok=True)
         self._staging.publish()
         return metadata
+
+    def _find_partial(self) -> tuple[str, ...]:
+        """Returns the data sets that do not mark all that their labels name."""
+        sources = zip(self._recipe.data_sets.items(), self._sources, strict=True)
+        told = {
+            name: (data_set.exhaustive, getattr(source, "EXHAUSTIVE", True)) for (name, data_set), source in sources
+        }
+        return tuple(name for name, (asked, known) in told.items() if not (known if asked is None else asked))
 
     def _describe(self) -> dict[str, Any]:
         """Returns what the metadata say of the build; no names of files."""

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -159,28 +159,34 @@ class _Thumbnails:
         return self._load(part)[row - int(np.searchsorted(self._rows.part, part))]
 
 
-def split_metadata(rows: Rows, names: list[str]) -> dict[str, Any]:
+def split_metadata(rows: Rows, names: list[str], partial: Collection[str] = ()) -> dict[str, Any]:
     """Returns what medglip.json says of a split besides its shards.
 
     Args:
         rows: the split's, in the order of its records; those of a data set follow each other.
         names: of the data sets in the recipe.
+        partial: those of them that do not mark all that their labels name.
     """
     count = len(rows.vocabulary)
     owner = np.repeat(np.arange(len(rows)), np.diff(rows.starts))
     occurrences = np.bincount(rows.phrases, minlength=count)
     shown = np.zeros((count, len(MODALITIES)), bool)
     shown[rows.phrases, rows.modalities[owner]] = True
+    named = np.zeros((count, len(names)), bool)
+    named[rows.phrases, rows.data_set[owner]] = True
     seen, first = np.unique(rows.phrases, return_index=True)
     labels: dict[str, int] = {}
     phrases: dict[str, dict[str, Any]] = {}
     for place in seen[np.argsort(first)].tolist():  # as they come in the records
         phrase, label, granularity, _ = rows.vocabulary[place]
         labels[label] = labels.get(label, 0) + int(occurrences[place])
-        entry = phrases.setdefault(phrase, {"label": label, "granularity": granularity, "count": 0, "modalities": []})
+        entry = phrases.setdefault(
+            phrase, {"label": label, "granularity": granularity, "count": 0, "modalities": [], "data_sets": []}
+        )
         entry["count"] += int(occurrences[place])
-        found = {MODALITIES[m] for m in np.flatnonzero(shown[place]).tolist()} | set(entry["modalities"])
-        entry["modalities"] = [m for m in MODALITIES if m in found]
+        for field, values, found in (("modalities", MODALITIES, shown[place]), ("data_sets", names, named[place])):
+            known = {values[index] for index in np.flatnonzero(found).tolist()} | set(entry[field])
+            entry[field] = [value for value in values if value in known]
     reasons: dict[str, int] = {}
     for dropped in rows.dropped.values():
         for reason, number in dropped.items():
@@ -196,6 +202,7 @@ def split_metadata(rows: Rows, names: list[str]) -> dict[str, Any]:
             names[data_set]: [start, stop]
             for data_set, start, stop in zip(used.tolist(), starts.tolist(), stops, strict=True)
         },
+        "partial": [names[data_set] for data_set in used.tolist() if names[data_set] in partial],
     }
 
 

@@ -48,6 +48,8 @@ class DataSet:
         unmapped: what a label that maps to nothing does: "stop" the build, "keep" it under its own name, "drop" it.
         patients: name of the pool that patient ids belong to. Ids of one pool are the same patients; data sets without
             a name share one.
+        exhaustive: whether everything that its labels name is marked wherever an image shows it. If not, its phrases
+            are no negatives in training unless an expert looked for them. None asks the source.
         private: replace image ids, which are file names, by hashes.
         options: of the source; `SliceRule`'s fields for volumes; count, seed and size for phantoms.
     """
@@ -58,6 +60,7 @@ class DataSet:
     mapping: str = ""
     unmapped: str = "stop"
     patients: str = ""
+    exhaustive: bool | None = None
     private: bool = False
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 

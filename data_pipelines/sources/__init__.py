@@ -9,6 +9,7 @@ A source is a class that takes (folder, dataset=, modality=) and can be pickled.
     matches(folder) -> bool   static; whether the folder has its layout, which `detect_source` asks
     OPTIONS                   {name: type} of further keywords that a user may set, each with a default
     SUPERSEDES                names of sources whose layout its own refines: where both match, it is the one
+    EXHAUSTIVE                False if it does not mark all that its labels name: what has no box may be there
 
 A class with the keyword `rule` takes the fields of `data_pipelines.volumes.SliceRule` as options.
 """

@@ -88,6 +88,7 @@ class FlickrEntities(Sequence[GroundingExample]):
     names are dropped and counted.
     """
 
+    EXHAUSTIVE = False
     SUPERSEDES = ("voc", "dicom")
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):

@@ -121,6 +121,7 @@ class MSCXR(Sequence[GroundingExample]):
     """
 
     OPTIONS: ClassVar[dict[str, type]] = {"stretched": bool}
+    EXHAUSTIVE = False
     SUPERSEDES = ("coco", "dicom")
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", stretched: bool = False):

@@ -64,6 +64,7 @@ class Reports(Sequence[GroundingExample]):
     """
 
     OPTIONS: ClassVar[dict[str, type]] = {"read_absent": bool}
+    EXHAUSTIVE = False
     SUPERSEDES = ("dicom",)
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", read_absent: bool = True):

@@ -57,6 +57,7 @@ class Triplets(Sequence[GroundingExample]):
     """
 
     OPTIONS: ClassVar[dict[str, type]] = {"box_format": str}
+    EXHAUSTIVE = False
     SUPERSEDES = ("dicom", "masks")
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown", box_format: str = "xyxy"):

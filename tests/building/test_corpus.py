@@ -1,3 +1,4 @@
+import dataclasses
 import filecmp
 import json
 import os
@@ -18,6 +19,7 @@ from data_pipelines.curate import SourceError
 from data_pipelines.record_index import IndexBuilder, index_name, read_index
 from data_pipelines.records import RecordsError, find_shards, read_examples, read_metadata
 from data_pipelines.sources.phantoms import Phantoms
+from data_pipelines.sources.voc import PascalVOC
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
@@ -250,3 +252,20 @@ def test_phantoms_refuse_other_options(tmp_path):
     with pytest.raises(SourceError, match="count, seed, size"):
         build_corpus(Recipe("p", sets), tmp_path / "out", progress=False)
     assert len(Phantoms(1, size=64)) == 1
+
+
+def test_metadata_tell_whose_phrases_they_are_and_who_does_not_mark_everything(folder):
+    sets = {name: DataSet(source="voc", input=name, modality="microscopy") for name in "ab"}
+    sets["b"] = dataclasses.replace(sets["b"], exhaustive=False)
+    entry = read_metadata(build(folder, "marked", recipe(data_sets=sets, eval_fraction=0.0)))["splits"]["train"]
+    assert entry["partial"] == ["b"]
+    owners = {phrase: found["data_sets"] for phrase, found in entry["phrases"].items()}
+    assert owners["red blood cell"] == ["a"] and "b" in owners["white blood cell"]
+
+
+@pytest.mark.parametrize(("asked", "partial"), [(None, ["a"]), (True, [])])
+def test_recipe_may_say_that_a_source_marks_everything(folder, monkeypatch, asked, partial):
+    monkeypatch.setattr(PascalVOC, "EXHAUSTIVE", False, raising=False)
+    data_set = DataSet(source="voc", input="a", modality="microscopy", exhaustive=asked)
+    built = build(folder, "marked", recipe(data_sets={"a": data_set}, eval_fraction=0.0))
+    assert read_metadata(built)["splits"]["train"]["partial"] == partial
