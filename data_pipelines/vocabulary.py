@@ -106,7 +106,7 @@ class Vocabulary:
         exhaustive: bool = True,
     ):
         own = {normalize_name(phrase) for phrase in labels}
-        others = {normalize_name(phrase): phrase for phrase in reversed(foreign or {})}
+        others = {normalize_name(phrase): phrase for phrase in reversed(list(foreign or ()))}
         everything = {**labels, **{p: (foreign or {})[p] for name, p in others.items() if name not in own}}
         self.phrases = tuple(everything)
         self._names = tuple(normalize_name(phrase) for phrase in everything)
