@@ -17,7 +17,7 @@ from PIL import Image
 
 from data_pipelines.loader import eval_loader
 from data_pipelines.records import find_shards, read_examples
-from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer
+from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer, order_by_body_region
 from data_pipelines.transforms import decode_image
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
@@ -108,10 +108,11 @@ def detect_records(
         `detection.max_detections`, best first; and images per second, of the batches after the first if there are any
         (the first one compiles).
     """
-    chunks = build_prompts(phrases, tokenizer, config.data.max_tokens)
+    order = order_by_body_region(phrases)  # what may be confused stands in one prompt, as in training
+    chunks = build_prompts([phrases[k] for k in order], tokenizer, config.data.max_tokens)
     stacked = stack_prompts([prompt for prompt, _ in chunks], config.data.max_tokens)  # one shape: one compilation
     prompts = [{key: value[i : i + 1] for key, value in stacked.items()} for i in range(len(chunks))]
-    places = [indices for _, indices in chunks]
+    places = [[order[k] for k in indices] for _, indices in chunks]
 
     by_index: dict[int, Detections] = {}
     started = time.perf_counter()

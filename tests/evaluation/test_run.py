@@ -15,7 +15,7 @@ from PIL import Image
 from data_pipelines.records import read_examples, write_records
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.phantoms import phantom
-from data_pipelines.text import build_prompts, load_tokenizer
+from data_pipelines.text import build_prompts, load_tokenizer, order_by_body_region
 from medglip_jax.evaluation.run import detect_records, evaluate_records
 from medglip_jax.inference import make_detector, parameter_shapes
 from medglip_jax.model.detector import GLIP
@@ -139,7 +139,8 @@ def oracle(config, records, rename=lambda phrase: phrase):
     """A detector that answers every prompt with the true boxes of its phrases, on the canvas."""
     examples, tokenizer = list(read_examples(records)), load_tokenizer()
     phrases = sorted({region.phrase for example in examples for region in example.regions})
-    prompts = build_prompts(phrases, tokenizer, config.data.max_tokens)
+    ordered = [phrases[k] for k in order_by_body_region(phrases)]
+    prompts = build_prompts(ordered, tokenizer, config.data.max_tokens)
     asked_by_ids = {prompt.input_ids.tobytes(): prompt.phrases for prompt, _ in prompts}
 
     def detector(params, *, image, image_size, input_ids, **others):
