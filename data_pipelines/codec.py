@@ -1,5 +1,7 @@
 """One annotated image as the bytes of a record: tf.train.Example, without TensorFlow."""
 
+import functools
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +11,9 @@ from data_pipelines.schema import GRANULARITIES, MODALITIES, Expression, Groundi
 
 # The features of `GroundingExample.expressions`: records of builds before it have none of them.
 _EXPRESSION_FEATURES = ("expressions/text", "expressions/kind", "expression_regions", "expression_spans")
+
+
+_import_lock = threading.Lock()
 
 
 class RecordsError(ValueError):
@@ -22,6 +27,19 @@ def _check_names(place: str, modality: str, granularities: Iterable[str]) -> Non
         raise RecordsError(f"{place}: unknown granularity {unknown.pop()!r}; known: {', '.join(GRANULARITIES)}")
 
 
+@functools.cache
+def _example_class() -> Any:
+    """Returns the protocol buffer tf.train.Example.
+
+    It is imported when a record is read or written first, by one thread: two that import TensorFlow Datasets at once may
+    wait for each other for ever.
+    """
+    with _import_lock:
+        from tensorflow_datasets.proto import tf_example_generated_pb2
+
+    return tf_example_generated_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def encode_example(example: GroundingExample) -> bytes:
     """Serialises an example as tf.train.Example with the features of `tfds_metadata.make_features`.
 
@@ -30,8 +48,6 @@ def encode_example(example: GroundingExample) -> bytes:
             `schema`, an expression names a region that there is not, or a text is no Unicode (a file name in another
             encoding becomes such a text).
     """
-    from tensorflow_datasets.proto import tf_example_generated_pb2
-
     _check_names(example.image_id, example.modality, (region.granularity for region in example.regions))
     size = [example.height, example.width]
     for region in example.regions:
@@ -46,7 +62,7 @@ def encode_example(example: GroundingExample) -> bytes:
                 f"{len(example.regions)} regions, counted from 0"
             )
     regions, expressions = example.regions, example.expressions
-    message = tf_example_generated_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    message = _example_class()()
     feature = message.features.feature
     texts: dict[str, list[str]] = {
         "image_id": [example.image_id],
@@ -121,9 +137,8 @@ def parse_example(record: bytes, masks: bool = True) -> GroundingExample:
         RecordsError: the bytes are no tf.train.Example, or its features are not those of a grounding example.
     """
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_generated_pb2
 
-    message = tf_example_generated_pb2.Example()  # pyright: ignore[reportAttributeAccessIssue]
+    message = _example_class()()
     try:
         message.ParseFromString(record)
     except DecodeError as error:

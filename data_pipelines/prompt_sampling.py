@@ -176,9 +176,7 @@ def _sample_phrases(
         count = int(rng.integers(1, rule.max_negatives, endpoint=True))
     drawn = vocabulary.sample_negatives(example, rng, count, rule.hard_negative_share)
     # What each name is written as.
-    written = {**positives, **added}
-    for phrase in drawn:
-        written.setdefault(normalize_name(phrase), phrase)
+    written = {**positives, **added, **drawn}
     if rule.variant_probability:
         written = _vary(written, rng, rule.variant_probability)
         if sum(token_costs((written[name] for name in positives), tokenizer)) > token_budget(

@@ -137,8 +137,8 @@ class Vocabulary:
 
     def sample_negatives(
         self, example: GroundingExample, rng: np.random.Generator, count: int, hard_share: float = 0.0
-    ) -> list[str]:
-        """Draws up to `count` phrases that the image does not show, none twice.
+    ) -> dict[str, str]:
+        """Draws up to `count` phrases that the image does not show, none twice: by their normalised names.
 
         Those that an expert looked for and did not find (`example.absent`) come first, the rest of the vocabulary
         after them. Never drawn are a phrase of the image, one of the same label, one of what holds it or is more
@@ -169,7 +169,9 @@ class Vocabulary:
             hard = order[near[order]][: int(np.ceil(hard_share * missing))]
             free[hard] = False
             order = np.concatenate([hard, order[free[order]]])
-        return [*negatives.values(), *(self.phrases[index] for index in order[:missing].tolist())]
+        for index in order[:missing].tolist():
+            negatives[self._names[index]] = self.phrases[index]
+        return negatives
 
     def _sample_absent(self, example: GroundingExample, rng: np.random.Generator, count: int) -> dict[str, str]:
         """Draws up to `count` phrases of the absent labels, by name, without what the image shows."""
