@@ -31,8 +31,8 @@ def _check_names(place: str, modality: str, granularities: Iterable[str]) -> Non
 def _example_class() -> Any:
     """Returns the protocol buffer tf.train.Example.
 
-    It is imported when a record is read or written first, by one thread: two that import TensorFlow Datasets at once may
-    wait for each other for ever.
+    It is imported when a record is read or written first, by one thread: two that import TensorFlow Datasets at once
+    may wait for each other for ever.
     """
     with _import_lock:
         from tensorflow_datasets.proto import tf_example_generated_pb2
