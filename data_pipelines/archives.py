@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
@@ -12,6 +13,7 @@ import shutil
 import stat
 import tarfile
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,6 +37,9 @@ _OPENERS: dict[str, Any] = {
     ".txz": lzma.open,
 }
 _DONE = ".complete.json"
+_STAGING = ".unpacking-"
+_LOCK = ".lock"  # in a folder of `_STAGING`, locked as long as somebody unpacks there
+_STALE_AFTER = 24 * 3600.0  # seconds without change after which a folder that has no lock is nobody's
 
 
 def is_archive(path: str | os.PathLike) -> bool:
@@ -46,8 +51,9 @@ def open_input(path: str | os.PathLike, workspace: str | os.PathLike) -> pathlib
     """Returns the folder to read: the path itself if it is a folder, or what an archive unpacks to.
 
     An archive is unpacked into a folder of the workspace whose name comes from the archive's name, size and time of
-    change, and found there the next time. It appears there when it is complete. If it holds one folder and nothing
-    else, that is the folder to read. Permissions, owners and times are not taken over.
+    change, and found there the next time. It appears there when it is complete; what killed processes left half
+    unpacked is removed. If it holds one folder and nothing else, that is the folder to read. Permissions, owners and
+    times are not taken over.
 
     Args:
         path: a folder, a file of a source (such as COCO's .json), or an archive (`SUFFIXES`).
@@ -64,14 +70,17 @@ def open_input(path: str | os.PathLike, workspace: str | os.PathLike) -> pathlib
     made_from = {"name": archive.name, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
     digest = hashlib.sha256(json.dumps(made_from).encode(errors="surrogatepass")).hexdigest()[:16]
     target = place / f"unpacked-{digest}"
+    _remove_stale(place)
     if not (target / _DONE).is_file():
         place.mkdir(parents=True, exist_ok=True)
-        staging = pathlib.Path(tempfile.mkdtemp(prefix=".unpacking-", dir=place))
+        staging = pathlib.Path(tempfile.mkdtemp(prefix=_STAGING, dir=place))
         try:
-            _unpack(archive, staging / "files")
-            (staging / _DONE).write_text(json.dumps(made_from))
-            with contextlib.suppress(OSError):  # another process was faster: then its folder is there
-                os.replace(staging, target)
+            with _lock(staging):
+                _unpack(archive, staging / "files")
+                (staging / _DONE).write_text(json.dumps(made_from))
+                (staging / _LOCK).unlink()
+                with contextlib.suppress(OSError):  # another process was faster: then its folder is there
+                    os.replace(staging, target)
         except OSError as error:
             raise SourceError(f"{archive}: cannot be unpacked into {place} ({error.strerror or error})") from None
         finally:
@@ -79,6 +88,35 @@ def open_input(path: str | os.PathLike, workspace: str | os.PathLike) -> pathlib
         if not (target / _DONE).is_file():
             raise SourceError(f"{target} is in the way of what {archive} unpacks to: remove it")
     return _only_folder(target / "files")
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    """Locks a folder of `_STAGING` until the body ends, or the process does."""
+    # Under another name until it is locked, so that nobody takes it for one whose owner is gone.
+    with open(folder / f"{_LOCK}-new", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.replace(lock.name, folder / _LOCK)
+        yield
+
+
+def _remove_stale(place: pathlib.Path) -> None:
+    """Removes what processes that were killed left half unpacked in a workspace."""
+    for folder in place.glob(f"{_STAGING}*"):
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.ExitStack() as held:
+            try:
+                lock = held.enter_context(open(folder / _LOCK))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:  # killed before it was locked, or about to be
+                with contextlib.suppress(OSError):
+                    if time.time() - folder.stat().st_mtime > _STALE_AFTER:
+                        shutil.rmtree(folder, ignore_errors=True)
+            except OSError:  # somebody unpacks there
+                continue
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _only_folder(folder: pathlib.Path) -> pathlib.Path:

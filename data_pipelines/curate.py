@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +27,7 @@ _MODALITY_NAMES = {
     "histology": "histopathology",
     "microscope": "microscopy",
 }
-
-
+SALT_VARIABLE = "MEDGLIP_PATIENT_SALT"
 _LEAST_PIXELS = 4  # of a mask: fewer are specks that annotation tools leave behind
 
 
@@ -163,9 +163,33 @@ def find_modality(name: str) -> str:
     return ""
 
 
-def hash_patient(patient: str) -> str:
-    """Returns a stable id that does not show the patient's own."""
-    return digest_text(patient).hex()[:16]
+def find_salt(dataset: str) -> str:
+    """Returns the salt of the hashes: the environment variable MEDGLIP_PATIENT_SALT, or else the data set's name.
+
+    A name is no secret: who has a list of ids can then find out which ones a data set holds.
+    """
+    return os.environ.get(SALT_VARIABLE) or dataset
+
+
+def hash_identifier(kind: str, value: object, salt: str) -> str:
+    """Returns 16 hexadecimal digits in the place of an id, "" for none.
+
+    Args:
+        kind: what the value identifies ("patient", "study", "series", "instance", "image"); equal ids of two kinds
+            differ.
+        value: the id; spaces around it, which DICOM pads with, do not count.
+        salt: of `find_salt`.
+    """
+    text = str(value or "").strip(" \0")
+    return digest_text(f"{salt}/{kind}/{text}").hex()[:16] if text else ""
+
+
+def hash_patient(patient: object, dataset: str) -> str:
+    """Returns a stable id that does not show the patient's own, "" for none, the same whatever the source read.
+
+    The same patient has one id in all data sets only where MEDGLIP_PATIENT_SALT is set.
+    """
+    return hash_identifier("patient", patient, find_salt(dataset))
 
 
 def digest_text(text: str) -> bytes:

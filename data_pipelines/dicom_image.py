@@ -3,15 +3,19 @@
 pydicom and its plugins decode; what is here chooses what becomes black and white (PS3.3 C.11.2.1).
 """
 
+import collections
+import contextlib
+import contextvars
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from data_pipelines import volumes
-from data_pipelines.curate import SourceError, find_modality
-from data_pipelines.dicom_privacy import check_burned_in, find_salt, read_header
+from data_pipelines.curate import SourceError, find_modality, find_salt
+from data_pipelines.dicom_privacy import check_burned_in, read_header
 from data_pipelines.images import StoredImage
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
@@ -37,6 +41,20 @@ class DicomImage(StoredImage):
     patient_id: str = ""
     modality: str = ""
     notes: tuple[str, ...] = ()
+
+
+_NOTES: contextvars.ContextVar[collections.Counter[str] | None] = contextvars.ContextVar("notes", default=None)
+
+
+@contextlib.contextmanager
+def count_notes() -> Iterator[collections.Counter[str]]:
+    """Counts the notes of the files that `store_dicom` reads in the body of a `with` statement, in this thread."""
+    counts = collections.Counter[str]()
+    token = _NOTES.set(counts)
+    try:
+        yield counts
+    finally:
+        _NOTES.reset(token)
 
 
 def store_dicom(path: pathlib.Path, *, dataset: str, annotated_size: tuple[int, int] | None = None) -> DicomImage:
@@ -75,6 +93,8 @@ def store_dicom(path: pathlib.Path, *, dataset: str, annotated_size: tuple[int, 
             f"{path}: the image is {width} x {height} pixels, its annotation says "
             f"{annotated_size[1]} x {annotated_size[0]}; the boxes belong to another version of it"
         )
+    if (counts := _NOTES.get()) is not None:
+        counts.update(notes)
     return DicomImage(
         volumes.encode_png(picture),
         height,

@@ -10,17 +10,16 @@ the structures and become phrases, in which `medglip data audit` looks for names
 """
 
 import dataclasses
-import io
 import os
+import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
-from data_pipelines.curate import SourceError, hash_patient
+from data_pipelines.curate import SourceError, hash_identifier
 from data_pipelines.limits import check_amount, check_image_size, current_limits, read_bytes
 from data_pipelines.volumes import import_medical
-
-SALT_VARIABLE = "MEDGLIP_PATIENT_SALT"
 
 # Keywords, by what they are for; in sequences the same ones are kept. ROIName is the only one with an action in the
 # table.
@@ -63,6 +62,15 @@ _REFERENCES = ("ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequence")
 _KEPT_META = ("TransferSyntaxUID", "MediaStorageSOPClassUID")
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _META_START = 144  # of a file's meta information behind its own length: preamble, mark, and one element
+_RLE = "1.2.840.10008.1.2.5"
+_RLE_HEADER = 128  # bytes, with what pads 15 segments
+_MOST_RLE = 2  # bytes that a byte of pixels may take: runs of one are the worst that PackBits allows
+_SAMPLES = (1, 3, 4)
+_MOST_BITS = 64  # of a sample
+# Markers of a JPEG frame header (SOF0 to SOF15 without DHT, JPG and DAC; SOF55 is JPEG-LS), and those without a length.
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_BARE_MARKERS = {0x01, *range(0xD0, 0xD9)}
+_JPEG2000 = b"\xff\x4f\xff\x51"  # start of codestream, size
 _FLOAT_BITS = {"FloatPixelData": 32, "DoubleFloatPixelData": 64}
 _UNSTATED = "DICOM files that do not say whether text is burned in"
 _BURNED_IN = "DICOM files with burned-in text, which was allowed"
@@ -113,26 +121,6 @@ class Identity:
     series: str = ""
     instance: str = ""
     labelled_series: str = ""
-
-
-def find_salt(dataset: str) -> str:
-    """Returns the salt of the hashes: the environment variable MEDGLIP_PATIENT_SALT, or else the data set's name.
-
-    A name is no secret: who has a list of ids can then find out which ones a data set holds.
-    """
-    return os.environ.get(SALT_VARIABLE) or dataset
-
-
-def hash_identifier(kind: str, value: object, salt: str) -> str:
-    """Returns 16 hexadecimal digits in the place of an id, "" for none.
-
-    Args:
-        kind: what the value identifies ("patient", "study", "series", "instance"); equal ids of two kinds differ.
-        value: the id; spaces around it, which DICOM pads with, do not count.
-        salt: of `find_salt`.
-    """
-    text = str(value or "").strip(" \0")
-    return hash_patient(f"{salt}/{kind}/{text}") if text else ""
 
 
 def read_header(path: str | os.PathLike, salt: str = "", *, pixels: bool = False) -> tuple[Any, Identity]:
@@ -260,8 +248,9 @@ def check_pixels(header: Any, path: str | os.PathLike) -> None:
     """Checks that the pixels of a DICOM file are what its header says, before they are decoded.
 
     Raises:
-        SourceError: a frame has more of them than `Limits.image_pixels`, all frames more than `Limits.volume_voxels`,
-            they are fewer than announced where they are not compressed, or a compressed frame is of another size.
+        SourceError: a frame has more of them than `Limits.image_pixels`, all samples of all frames are more than
+            `Limits.volume_voxels`, they are fewer than announced where they are not compressed, or a compressed frame
+            is of another size.
     """
     try:
         rows, columns = int(header.get("Rows") or 0), int(header.get("Columns") or 0)
@@ -270,8 +259,13 @@ def check_pixels(header: Any, path: str | os.PathLike) -> None:
         bits = _FLOAT_BITS.get(keyword or "", 0) or int(header.get("BitsAllocated") or 0)
     except Exception:  # pydicom decodes values only now
         raise SourceError(f"{path}: its size (Rows, Columns, NumberOfFrames ...) is no whole number") from None
+    if frames < 1 or samples not in _SAMPLES or bits > _MOST_BITS:
+        raise SourceError(
+            f"{path}: NumberOfFrames {frames}, SamplesPerPixel {samples} and BitsAllocated {bits} are of no image"
+        )
     check_image_size(columns, rows, path)
-    check_amount(rows * columns * frames, "volume_voxels", path, f"pixels ({frames} frames of {columns} x {rows})")
+    what = f"values ({frames} frames of {columns} x {rows} pixels of {samples})"
+    check_amount(rows * columns * samples * frames, "volume_voxels", path, what)
     if keyword is None:
         return
     length = len(header[keyword].value or b"")
@@ -279,7 +273,10 @@ def check_pixels(header: Any, path: str | os.PathLike) -> None:
     if syntax is not None and not syntax.is_transfer_syntax:
         raise SourceError(f"{path}: no readable DICOM file (its transfer syntax is not one)")
     if syntax is not None and syntax.is_compressed:
-        _check_frame(header[keyword].value, (rows, columns), path)
+        declared = rows * columns * samples * -(-bits // 8)
+        most = _MOST_RLE * declared + _RLE_HEADER if syntax == _RLE else None
+        for frame in _list_frames(header[keyword].value, frames):
+            _check_frame(frame, (rows, columns, samples), most, path)
         return
     # Subsampled colours (YBR_FULL_422) have two samples a pixel.
     samples = 2 if header.get("PhotometricInterpretation") == "YBR_FULL_422" else samples
@@ -291,23 +288,57 @@ def check_pixels(header: Any, path: str | os.PathLike) -> None:
         )
 
 
-def _check_frame(value: bytes, size: tuple[int, int], path: str | os.PathLike) -> None:
-    """Looks at the first frame, if it is a JPEG that Pillow knows: its own header decides what decoders allocate."""
-    from PIL import Image
-
+def _list_frames(value: bytes, count: int) -> Iterator[bytes]:
+    """Yields the encoded frames as far as they can be told apart; what is damaged, the decoder names."""
     encaps = import_medical("pydicom.encaps")
     try:
-        frame = next(encaps.generate_frames(value, number_of_frames=1))
-        with Image.open(io.BytesIO(frame), formats=("JPEG", "JPEG2000")) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise SourceError(
-            f"{path}: its pixels claim to be far more than Rows x Columns, {size[0]} x {size[1]}"
-        ) from None
-    except (OSError, SyntaxError, ValueError, StopIteration):
-        return  # another codec, or damaged: the decoder says so
-    if (height, width) != size:
-        raise SourceError(f"{path}: a frame is {height} x {width} pixels, Rows and Columns say {size[0]} x {size[1]}")
+        yield from encaps.generate_frames(value, number_of_frames=count)
+    except (ValueError, StopIteration, struct.error):
+        return
+
+
+def _check_frame(frame: bytes, declared: tuple[int, int, int], most: int | None, path: str | os.PathLike) -> None:
+    """Compares a frame's own header, which decides what decoders allocate, with (rows, columns, samples).
+
+    RLE has no such header and grows to 64 times its bytes: `most` is how many of them the pixels can need.
+    """
+    if most is not None and len(frame) > most:
+        raise SourceError(f"{path}: a frame is {len(frame)} bytes of RLE, its pixels need {most} at most")
+    found = None if most is not None else _read_frame_size(frame)
+    if found is None:  # another codec, or damaged: the decoder says so
+        return
+    rows, columns, samples = declared
+    if found[:2] != (rows, columns):
+        raise SourceError(f"{path}: a frame is {found[0]} x {found[1]} pixels, Rows and Columns say {rows} x {columns}")
+    if found[2] > samples:
+        raise SourceError(f"{path}: a frame has {found[2]} components, SamplesPerPixel is {samples}")
+
+
+def _read_frame_size(frame: bytes) -> tuple[int, int, int] | None:
+    """Returns (rows, columns, components) of a JPEG, JPEG-LS or JPEG 2000 frame, None if it does not say."""
+    if frame.startswith(b"\xff\xd8"):
+        return _read_jpeg_size(frame)
+    start = frame.find(_JPEG2000, 0, 2**16)  # behind the boxes of a .jp2 file, which some put into DICOM
+    if start < 0 or len(frame) < start + 42:
+        return None
+    _, _, right, bottom, left, top, *_, components = struct.unpack_from(">HHIIIIIIIIH", frame, start + 4)
+    return bottom - top, right - left, components
+
+
+def _read_jpeg_size(frame: bytes) -> tuple[int, int, int] | None:
+    place = 2
+    while place + 10 <= len(frame) and frame[place] == 0xFF:
+        marker = frame[place + 1]
+        if marker in _FRAME_HEADERS:
+            _, _, rows, columns, components = struct.unpack_from(">HBHHB", frame, place + 2)
+            return rows, columns, components
+        if marker == 0xFF:  # a byte that fills
+            place += 1
+        elif marker in _BARE_MARKERS:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+    return None
 
 
 def _check_deflated(path: str | os.PathLike) -> None:

@@ -30,7 +30,7 @@ class Limits:
         image_bytes: of an image file, as it lies on the disk.
         annotation_bytes: of a file that annotates a whole data set: a table of labels, COCO's JSON, a CSV.
         image_annotation_bytes: of a file that annotates one image: VOC's XML, LabelMe's JSON, YOLO's text.
-        volume_voxels: of one channel of a volume, or of all frames of a DICOM file.
+        volume_voxels: of one channel of a volume, or of all samples of all frames of a DICOM file.
         archive_bytes: that an archive may unpack to.
         archive_ratio: unpacked bytes over the archive's own, once more than 64 MiB are unpacked.
         archive_files: files and folders in an archive.

@@ -13,16 +13,15 @@ Affines are NIfTI's (RAS+): from voxel indices to mm, which grow to the patient'
 
 import dataclasses
 import importlib
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from data_pipelines.curate import SourceError, name_region
+from data_pipelines.images import encode_png as encode_png
 from data_pipelines.taxonomy import load_taxonomy, normalize_name
 
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis that counts their slices
@@ -31,7 +30,7 @@ PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis that counts their
 # bone, brain).
 WINDOWS = {"lung": (-600, 1500), "soft_tissue": (50, 400), "bone": (400, 1800), "brain": (40, 80)}
 
-# Words in the name of a structure, or of those that hold it, that call for another window than soft tissue's.
+# Words in the names of a structure, of its holders and its kinds that call for another window than soft tissue's.
 _WINDOW_WORDS = {
     "lung": {"lung", "lungs"},
     "brain": {"brain", "cerebrum", "cerebellum", "intracranial"},
@@ -340,7 +339,7 @@ def choose_window(areas: Iterable[tuple[str, float]], site: str = "") -> str:
 
 def _window_of(name: str, site: str) -> str:
     taxonomy, label = load_taxonomy(), name_region(name, site)["label"]
-    names = [label, *taxonomy.parents(label)] if label in taxonomy.labels else [label]
+    names = [label, *taxonomy.ancestors(label)] if label in taxonomy.labels else [label]
     words = {word for each in names for word in normalize_name(each).split()}
     return next((window for window, known in _WINDOW_WORDS.items() if words & known), "soft_tissue")
 
@@ -364,10 +363,3 @@ def window_limits(window: str) -> tuple[float, float]:
     """Returns the values that a window of `WINDOWS` shows black and white."""
     level, width = WINDOWS[window]
     return level - width / 2, level + width / 2
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8[H, W] -> PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, "PNG")
-    return stream.getvalue()

@@ -1,3 +1,4 @@
+import fcntl
 import gzip
 import io
 import os
@@ -72,6 +73,37 @@ def test_archive_is_unpacked_once_until_it_changes(tmp_path, monkeypatch):
         assert open_input(path, work) == folder
     os.utime(path, ns=(1, 1))
     assert open_input(path, work) != folder
+
+
+def test_what_killed_processes_left_goes_and_what_is_being_unpacked_stays(tmp_path):
+    path, work = write_zip(tmp_path / "a.zip"), tmp_path / "work"
+    for name in ("killed", "busy", "young", "old"):
+        (work / f".unpacking-{name}" / "files").mkdir(parents=True)
+    (work / ".unpacking-killed" / ".lock").touch()
+    os.utime(work / ".unpacking-old", (1, 1))
+    (work / ".unpacking-link").symlink_to(tmp_path)
+    with open(work / ".unpacking-busy" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = open_input(path, work)
+        left = {".unpacking-busy", ".unpacking-young", ".unpacking-link"}
+        assert {each.name for each in work.glob(".*")} == left
+    assert open_input(path, work) == folder
+    assert {each.name for each in work.glob(".*")} == left - {".unpacking-busy"}
+    assert path.exists() and {each.name for each in folder.parents[1].iterdir()} == {"files", ".complete.json"}
+
+
+def test_folder_is_locked_while_it_is_unpacked(tmp_path, monkeypatch):
+    path, work = write_zip(tmp_path / "a.zip"), tmp_path / "work"
+    unpack = archives._unpack
+
+    def look_around(archive, folder):
+        monkeypatch.setattr(archives, "_unpack", unpack)
+        os.utime(folder.parent, (1, 1))
+        assert open_input(write_zip(tmp_path / "b.zip"), work).is_dir()  # which looks for stale ones
+        unpack(archive, folder)
+
+    monkeypatch.setattr(archives, "_unpack", look_around)
+    assert contents(open_input(path, work))
 
 
 def test_what_was_cut_short_is_not_taken_for_complete(tmp_path, monkeypatch):

@@ -211,8 +211,24 @@ def test_near_hashes_are_those_of_a_full_comparison(seeds, changes):
     assert pairs.tolist() == np.stack([rows, columns], axis=1)[near].tolist()
 
 
-def test_a_search_with_too_many_pairs_says_so():
-    assert not find_near(np.zeros(100, np.uint64), most=50)[1]
+def make_far_pairs(count: int) -> np.ndarray:
+    """Pairs of hashes, one after the other, that differ by as much as near ones may, in bits far from one another."""
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2**64, count, np.uint64)
+    changes = [sum(1 << int(bit) for bit in rng.permutation(8)[:HASH_DISTANCE] * 8) for _ in range(count)]
+    return np.stack([first, first ^ np.asarray(changes, np.uint64)], axis=1).ravel()
+
+
+def test_hashes_that_differ_all_over_are_found():
+    pairs, complete = find_near(make_far_pairs(300))
+    assert complete
+    assert pairs.tolist() == [[2 * k, 2 * k + 1] for k in range(300)]
+
+
+def test_a_search_with_too_many_pairs_ends_and_says_so():
+    pairs, complete = find_near(np.zeros(2000, np.uint64), most=50)
+    assert not complete and len(pairs) < 2050
+    assert not find_near(make_far_pairs(300), most=250)[1]
 
 
 @pytest.mark.parametrize("modality", ["ct", "xray", "endoscopy"])

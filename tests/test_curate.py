@@ -7,12 +7,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
 from data_pipelines.curate import (
+    SALT_VARIABLE,
     SourceError,
     box_from_mask,
     clean_name,
     clip_box,
     curate,
     find_modality,
+    hash_identifier,
     hash_patient,
     name_region,
     split_key,
@@ -75,7 +77,7 @@ def test_split_goes_by_patient_whatever_the_data_set(image_id, patient_id):
 
 def test_patients_whose_names_are_not_utf8_have_a_hash():
     for text in ("sch\udce4del", "\ud800"):
-        assert hash_patient(text) == hash_patient(text) != hash_patient("sch?del")
+        assert hash_patient(text, "d") == hash_patient(text, "d") != hash_patient("sch?del", "d")
 
 
 def test_names_are_cleaned_as_glip_does():
@@ -110,5 +112,14 @@ def test_modalities_by_their_usual_names(name, modality):
 
 
 def test_patient_hash_is_stable_and_hides_the_id():
-    assert hash_patient("Doe") == hash_patient("Doe") != hash_patient("Roe")
-    assert "Doe" not in hash_patient("Doe")
+    assert hash_patient("Doe", "d") == hash_patient("Doe", "d") != hash_patient("Roe", "d")
+    assert "Doe" not in hash_patient("Doe", "d") and len(hash_patient("Doe", "d")) == 16
+    assert hash_patient(" ", "d") == hash_patient(None, "d") == ""
+
+
+def test_patient_hash_needs_the_salt_and_is_one_in_all_data_sets_with_it(monkeypatch):
+    assert hash_patient("Doe", "a") != hash_patient("Doe", "b")
+    unsalted = hash_patient("Doe", "a")
+    monkeypatch.setenv(SALT_VARIABLE, "secret")
+    assert hash_patient("Doe", "a") == hash_patient("Doe", "b") != unsalted
+    assert hash_patient("Doe", "a") == hash_identifier("patient", "Doe", "secret")  # as DICOM's PatientID

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.curate import SourceError, hash_patient
+from data_pipelines.curate import SourceError, hash_identifier
 from data_pipelines.dicom_image import store_dicom
 
 pydicom = pytest.importorskip("pydicom")
@@ -113,7 +113,7 @@ def test_header_gives_spacing_modality_and_a_salted_patient(tmp_path, monkeypatc
     monkeypatch.setenv("MEDGLIP_PATIENT_SALT", "secret")
     image, _ = read(write_radiograph(tmp_path / "a.dcm", ImagerPixelSpacing=[0.2, 0.1]))
     assert (image.spacing_mm, image.modality) == ((0.2, 0.1), "xray")
-    assert image.patient_id == hash_patient(f"secret/patient/{PATIENT}")
+    assert image.patient_id == hash_identifier("patient", PATIENT, "secret")
     assert PATIENT not in repr(image) and "Doe" not in repr(image)
     path = write_radiograph(tmp_path / "b.dcm", ImagerPixelSpacing=[0.2, 0.1], PixelSpacing=[0.3, 0.3], Modality="US")
     assert (read(path)[0].spacing_mm, read(path)[0].modality) == ((0.3, 0.3), "ultrasound")
@@ -140,7 +140,7 @@ def test_unusable_file_is_an_error_that_names_it(tmp_path, elements, message):
 def test_images_of_a_study_without_patient_share_the_hash_of_the_study(tmp_path):
     paths = [write_radiograph(tmp_path / name, PatientID=None, StudyInstanceUID="1.2.3") for name in ("a.dcm", "b.dcm")]
     first, second = (read(path)[0].patient_id for path in paths)
-    assert first == second == hash_patient("chests/study/1.2.3")
+    assert first == second == hash_identifier("study", "1.2.3", "chests")
 
 
 def test_other_size_missing_and_damaged_files_are_errors(tmp_path):

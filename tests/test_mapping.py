@@ -143,6 +143,22 @@ def test_table_comes_before_the_taxonomy_and_names_are_folded(mapping):
     assert mapping.resolve("unicorn") is None
 
 
+def test_beginning_of_names_counts_after_whole_names_and_before_the_taxonomy(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("drop: {union_*: a, union_left*: b, liver_*: c}\nlabels: {union_left_x: spleen}")
+    mapping = load_mapping(path)
+    names = ("Union-kidney", "union_left_kidney", "union left x", "liver", "liver_tumor", "spleen", "onion_x")
+    found = [mapping.resolve(name) for name in names]
+    dropped, spleen = [Dropped("a"), Dropped("b")], LABELS["spleen"]
+    assert found == [*dropped, spleen, LABELS["liver"], Dropped("c"), spleen, None]
+    assert "union_*" not in mapping.classes and LabelMapping("m").resolve("*") is None
+
+
+def test_classes_of_sa_med2d_that_name_no_structure_are_left_out():
+    for name in ("union_liver_tumor", "class_3", "class1", "left", "right"):
+        assert isinstance(BUNDLED["sa_med2d"].resolve(name), Dropped), name
+
+
 def test_plain_mapping_knows_what_the_taxonomy_knows():
     plain = load_mapping("")
     assert plain.name == "" and plain.resolve("Left Lung") is LABELS["left_lung"] and plain.resolve("Spot") is None
@@ -196,6 +212,12 @@ def test_dropped_regions_are_counted_and_unknown_ones_kept_and_counted(mapping):
     assert mapped.regions[0] is example.regions[1]
     assert left_out == {"the rim of the picture": 2, "not annotated": 1}
     assert unmapped == {"unicorn": 2}
+
+
+def test_name_of_no_structure_is_left_to_the_rules_of_conflicts(mapping):
+    example = example_of("void", "No_Finding", "unicorn", absent=("Background",))
+    mapped, left_out, unmapped = apply(example, mapping)
+    assert mapped == example and not left_out and unmapped == {"unicorn": 1}
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from data_pipelines.schema import GRANULARITIES, MODALITIES
 from data_pipelines.taxonomy import SIDES, Label, Taxonomy, load_classes, load_taxonomy, normalize_name, parse_taxonomy
 from data_pipelines.text import swap_sides
+from data_pipelines.vocabulary import find_broader
 
 TAXONOMY = load_taxonomy()
 LABELS = TAXONOMY.labels
@@ -71,6 +72,65 @@ def test_nothing_larger_hangs_below_a_lesion_or_a_cell():
     for label in LABELS.values():
         if label.granularity in ("region", "organ"):
             assert {LABELS[parent].granularity for parent in TAXONOMY.parents(label.id)}.isdisjoint({"lesion", "cell"})
+
+
+def test_what_hangs_below_a_lesion_or_a_cell_is_a_part_of_it():
+    below = {
+        label.id: label.parent
+        for label in LABELS.values()
+        if label.parent and LABELS[label.parent].granularity == label.granularity in ("lesion", "cell")
+    }
+    parts = {"tumor_core": "brain_tumor", "peritumoral_edema": "brain_tumor", "nucleus": "cell"}
+    parts |= dict.fromkeys(("enhancing_tumor", "non_enhancing_tumor", "necrotic_tumor_core"), "tumor_core")
+    assert below == parts
+
+
+@pytest.mark.parametrize(
+    ("label", "kind", "holder"),
+    [
+        ("neoplastic_polyp", "polyp", "colon"),
+        ("melanoma", "skin_lesion", "skin"),
+        ("seborrheic_keratosis", "skin_lesion", "skin"),
+        ("neutrophil", "white_blood_cell", ""),
+        ("left_rib_4", "rib", "chest"),
+        ("third_ventricle", "cerebral_ventricle", "brain"),
+        ("right_hippocampus", "hippocampus", "right_temporal_lobe"),
+        ("left_common_carotid_artery", "carotid_artery", ""),
+        ("nasopharyngeal_tumor", "head_and_neck_tumor", "pharynx"),
+        ("microaneurysm", "lesion", "retina"),
+        ("splenic_vein", "blood_vessel", "portal_vein_and_splenic_vein"),
+    ],
+)
+def test_label_is_a_kind_of_what_it_is_one_of_and_below_what_holds_it(label, kind, holder):
+    assert kind in find_broader(label) and kind not in TAXONOMY.parents(label)
+    assert LABELS[label].parent == holder
+
+
+def test_numbered_bone_is_a_kind_of_its_bone():
+    numbered = [label for label in LABELS if re.search(r"(rib_|vertebra_[ctls])\d+$", label)]
+    assert len(numbered) == 24 + 25
+    assert all({"rib", "vertebra"} & {*find_broader(label)} for label in numbered)
+
+
+def test_lesion_is_a_kind_of_lesions_and_not_of_the_organ_that_it_is_a_finding_of():
+    of_others = {
+        (label.id, kind)
+        for label in LABELS.values()
+        for kind in label.kind_of
+        if label.granularity == "lesion" and LABELS[kind].granularity != "lesion"
+    }
+    assert of_others == {("neck_lymph_node", "lymph_node")}
+    assert [LABELS[name].parent for name in ("cardiomegaly", "aortic_enlargement")] == ["heart", "aorta"]
+
+
+def test_what_is_seen_under_a_dermatoscope_only_is_no_mass():
+    flat = [label for label in LABELS.values() if label.modalities == ("dermoscopy",)]
+    assert flat and not any("mass" in find_broader(label.id) for label in flat)
+    assert "tumor" in TAXONOMY.ancestors("melanoma")  # so that it is no negative
+
+
+def test_spinal_cord_runs_through_the_spine_and_no_single_vertebra():
+    assert TAXONOMY.parents("spinal_cord") == ("spinal_canal", "spine")
 
 
 @pytest.mark.parametrize(

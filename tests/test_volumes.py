@@ -213,6 +213,10 @@ def test_resizing_keeps_mirror_images_mirrored():
         ({"brain": 90, "skull": 30}, "brain"),
         ({"vertebrae_L3": 9, "rib_left_4": 9}, "bone"),
         ({"left_femur": 9}, "bone"),
+        ({"maxilla": 9}, "bone"),  # by what it is one of, as the next
+        ({"liver": 900, "subdural_hemorrhage": 5}, "brain"),
+        ({"spinal_cord": 9}, "soft_tissue"),
+        ({"left_lung": 900, "pulmonary_embolism": 5}, "soft_tissue"),
         ({}, "soft_tissue"),
     ],
 )

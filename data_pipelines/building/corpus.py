@@ -16,14 +16,14 @@ from data_pipelines.archives import open_input
 from data_pipelines.building.parts import Part, PartReader, PartWriter, load_part
 from data_pipelines.building.planning import Rows, decide, gather, make_index, split_metadata
 from data_pipelines.building.reading import Reading, add_example, is_held_out, is_read, plan_units, read_unit
-from data_pipelines.building.recipe import PHANTOMS, DataSet, Recipe
+from data_pipelines.building.recipe import PHANTOMS, DataSet, Recipe, RecipeError
 from data_pipelines.building.running import Runner, run_here
 from data_pipelines.building.sharding import ShardTask, make_tasks, split_shards, write_shard
 from data_pipelines.building.staging import Staging, check_output, digest_plan
 from data_pipelines.codec import parse_example
 from data_pipelines.conflicts import ConflictReport, merge
-from data_pipelines.curate import SourceError, digest_text, find_modality
-from data_pipelines.dicom_privacy import find_salt
+from data_pipelines.curate import SALT_VARIABLE, SourceError, digest_text, find_modality, find_salt
+from data_pipelines.images import Previews
 from data_pipelines.limits import Limits, current_limits
 from data_pipelines.record_index import index_name
 from data_pipelines.records import METADATA_FILE, RecordsError, write_json
@@ -109,9 +109,11 @@ def build_corpus(
     Raises:
         SourceError: a source cannot be read, an image not be used, a label maps to nothing, or no image is left.
         RecordsError: the output exists, another build writes it, or a split got no images.
+        RecipeError: data sets share patients, and their hashes have no salt in common.
     """
     output = pathlib.Path(output).resolve()
     check_output(output, overwrite)
+    _check_pools(recipe)
     root, limits = pathlib.Path(root), current_limits()
     workspace = output.with_name(f".{output.name}.unpacked")
     sources = tuple(open_data_set(each, name, root, workspace) for name, each in recipe.data_sets.items())
@@ -136,6 +138,19 @@ def build_source(
     output = pathlib.Path(output).resolve()
     check_output(output, overwrite)
     return _Build(recipe, (source,), output, [None], current_limits(), runner, UNIT_SIZE, progress).run()
+
+
+def _check_pools(recipe: Recipe) -> None:
+    """Patients of several data sets are the same only under one salt; without one each has its name for it."""
+    pools: dict[str, list[str]] = {}
+    for name, data_set in recipe.data_sets.items():
+        pools.setdefault(data_set.patients, []).append(name)
+    for pool, names in pools.items():
+        if pool and len(names) > 1 and not os.environ.get(SALT_VARIABLE):
+            raise RecipeError(
+                f"{recipe.name}: the data sets {', '.join(names)} share the patients of {pool!r}, whose hashes only "
+                f"agree with one salt; set the environment variable {SALT_VARIABLE}"
+            )
 
 
 def _digest_data_set(recipe: Recipe, name: str, root: pathlib.Path, size: int, limits: Limits) -> str:
@@ -210,12 +225,14 @@ class _Build:
         self._totals: dict[str, dict[str, collections.Counter[str]]] = {
             name: collections.defaultdict(collections.Counter) for name in self._names
         }
+        for name, source in zip(self._names, self._sources, strict=True):
+            self._totals[name]["notes"].update(getattr(source, "notes", {}))
         self._conflicts = ConflictReport()
         for data_set, part in parts:
             name = self._names[data_set]
             if part.skipped:
                 self._skipped[name] += part.skipped
-            for kind in ("unmapped", "expressions"):
+            for kind in ("unmapped", "expressions", "notes"):
                 self._totals[name][kind].update(part.counts[kind])
             self._conflicts += ConflictReport.from_dict(part.counts["conflicts"])
         self._parts = parts
@@ -279,6 +296,7 @@ class _Build:
         add_example(
             writer,
             example,
+            Previews().find(example.image, f"image {example.image_id}"),
             self._recipe.data_sets[self._names[rows.data_set[group[0]]]].patients,
             is_held_out(example, self._recipe),
             dropped,
@@ -342,7 +360,6 @@ class _Build:
                 "skipped": len(self._skipped[name]),
                 "unused": len(getattr(source, "unused", ())),
                 "dropped": dict(getattr(source, "dropped", {})),
-                "notes": dict(getattr(source, "notes", {})),
                 **{kind: dict(sorted(counts.items())) for kind, counts in sorted(self._totals[name].items())},
             }
         return {

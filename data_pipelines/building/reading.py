@@ -7,7 +7,6 @@ import pathlib
 import re
 from collections.abc import Iterable, Sequence
 
-import cv2
 import numpy as np
 
 from data_pipelines.audit_pixels import hash_picture, shrink
@@ -15,23 +14,17 @@ from data_pipelines.building.parts import PartWriter, index_path
 from data_pipelines.building.recipe import DataSet, Recipe
 from data_pipelines.codec import encode_example
 from data_pipelines.conflicts import ConflictReport, resolve
-from data_pipelines.curate import SourceError, curate, digest_text, hash_patient, keep_regions, split_key
+from data_pipelines.curate import SourceError, curate, digest_text, find_salt, hash_identifier, keep_regions, split_key
+from data_pipelines.dicom_image import count_notes
+from data_pipelines.images import Previews, keep_previews
 from data_pipelines.limits import Limits, use_limits
 from data_pipelines.schema import MODALITIES, GroundingExample
 from data_pipelines.splits import digest_annotations
 from data_pipelines.taxonomy import load_taxonomy, normalize_name
 from data_pipelines.taxonomy.mapping import LabelMapping, add_absent, apply_mapping, describe_unmapped, load_mapping
+from data_pipelines.taxonomy.placeholders import is_placeholder
 
 _PUNCTUATION = re.compile(r"[^\w\s-]")
-_JPEG = b"\xff\xd8\xff"
-# A JPEG is decoded at an eighth, a quarter or half of its size where that leaves at least this side, which is faster.
-_LEAST_SIDE = 64
-_REDUCED = {
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    1: cv2.IMREAD_GRAYSCALE,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +70,14 @@ def is_read(unit: Unit, folder: pathlib.Path) -> bool:
     return index_path(unit.path(folder)).exists()
 
 
-def fingerprint(encoded: bytes, height: int, width: int) -> tuple[int, int, np.ndarray]:
-    """Returns (digest, look, thumbnail) of an encoded image.
+def fingerprint(encoded: bytes, preview: np.ndarray) -> tuple[int, int, np.ndarray]:
+    """Returns (digest, look, thumbnail) of an encoded image, of which `images.make_preview` is the preview.
 
-    The digest is 64 bits of SHA-256 of the bytes, the look `audit_pixels.hash_picture`, the thumbnail
-    uint8[32, 32]. A JPEG is decoded at reduced size, which is the mean of blocks of pixels.
-
-    Raises:
-        SourceError: it cannot be decoded.
+    The digest is 64 bits of SHA-256 of the bytes, the look `audit_pixels.hash_picture`, the thumbnail uint8[32, 32].
     """
-    side = min(height, width) if encoded.startswith(_JPEG) else 0
-    factor = next(factor for factor in _REDUCED if side // factor >= _LEAST_SIDE or factor == 1)
-    grey = cv2.imdecode(np.frombuffer(encoded, np.uint8), _REDUCED[factor])
-    if grey is None:
-        raise SourceError(f"an image of {len(encoded)} bytes cannot be decoded")
     digest = int.from_bytes(hashlib.sha256(encoded).digest()[:8], "big")
-    return digest, hash_picture(grey), shrink(grey)
+    thumbnail = shrink(preview)
+    return digest, hash_picture(thumbnail), thumbnail
 
 
 def read_unit(context: Reading, unit: Unit) -> None:
@@ -106,15 +91,15 @@ def read_unit(context: Reading, unit: Unit) -> None:
     reader = _UnitReader(context.recipe, name, data_set)
     source, writer = context.sources[unit.data_set], PartWriter(unit.path(context.folders[unit.data_set]))
     try:
-        with use_limits(context.limits):
+        with use_limits(context.limits), keep_previews() as previews, count_notes() as notes:
             for index in range(unit.start, unit.stop):
                 try:
-                    reader.add(source[index], writer)
+                    reader.add(source[index], writer, previews)
                 except SourceError as error:
                     if context.recipe.on_error == "stop":
                         raise
                     writer.skipped.append(str(error))
-        reader.finish(writer)
+        reader.finish(writer, notes)
         writer.finish()
     finally:
         writer.discard()
@@ -130,9 +115,9 @@ class _UnitReader:
         self._expressions: collections.Counter[str] = collections.Counter()
         self._conflicts = ConflictReport()
 
-    def add(self, example: GroundingExample, writer: PartWriter) -> None:
+    def add(self, example: GroundingExample, writer: PartWriter, previews: Previews) -> None:
         if self._data_set.private:
-            example = dataclasses.replace(example, image_id=hash_patient(f"{self._name}/{example.image_id}"))
+            example = dataclasses.replace(example, image_id=self._hide(example.image_id))
         example, tally = curate(example)
         example, unmapped, dropped = map_labels(example, self._mapping, self._data_set.unmapped)
         example = add_absent(example, self._mapping)
@@ -145,7 +130,11 @@ class _UnitReader:
         held_out = is_held_out(example, self._recipe)
         if not held_out:
             example = _hide_held_out(example, self._recipe)
-        add_example(writer, example, self._data_set.patients, held_out, tally.dropped + dropped, tally.clipped)
+        preview = previews.find(example.image, f"image {example.image_id}")
+        add_example(writer, example, preview, self._data_set.patients, held_out, tally.dropped + dropped, tally.clipped)
+
+    def _hide(self, image_id: str) -> str:
+        return hash_identifier("image", f"{self._name}/{image_id}", find_salt(self._name))
 
     def _refer(self, example: GroundingExample) -> GroundingExample:
         """Adds sentences about the regions, the same for an image at every build."""
@@ -158,12 +147,13 @@ class _UnitReader:
         self._expressions["kept"] += len(expressions)
         return dataclasses.replace(example, expressions=(*example.expressions, *expressions))
 
-    def finish(self, writer: PartWriter) -> None:
+    def finish(self, writer: PartWriter, notes: collections.Counter[str]) -> None:
         if self._unmapped and self._data_set.unmapped == "stop":
             raise SourceError(describe_unmapped(self._unmapped, self._name, self._mapping))
         writer.counts = {
             "unmapped": dict(sorted(self._unmapped.items())),
             "expressions": dict(sorted(self._expressions.items())),
+            "notes": dict(sorted(notes.items())),
             "conflicts": self._conflicts.as_dict(),
         }
 
@@ -171,14 +161,15 @@ class _UnitReader:
 def add_example(
     writer: PartWriter,
     example: GroundingExample,
+    preview: np.ndarray,
     pool: str,
     held_out: bool,
     dropped: collections.Counter[str],
     clipped: int,
 ) -> None:
-    """Adds an example to a part."""
+    """Adds an example, of whose image `images.make_preview` is the preview, to a part."""
+    digest, look, thumbnail = fingerprint(example.image, preview)
     try:
-        digest, look, thumbnail = fingerprint(example.image, example.height, example.width)
         record = encode_example(example)
     except ValueError as error:
         raise SourceError(f"image {example.image_id}: {error}") from None
@@ -209,7 +200,8 @@ def map_labels(
     unknown: collections.Counter[str] = collections.Counter()
     example, dropped = apply_mapping(example, mapping, unknown)
     if unknown and unmapped == "drop":
-        known = [i for i, region in enumerate(example.regions) if mapping.resolve_region(region)]
+        regions = enumerate(example.regions)
+        known = [i for i, each in regions if mapping.resolve_region(each) or is_placeholder(each.label)]
         dropped["label that maps to nothing"] += len(example.regions) - len(known)
         example, _ = keep_regions(example, known)
     return example, unknown, dropped

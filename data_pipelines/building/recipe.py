@@ -47,7 +47,7 @@ class DataSet:
             taxonomy.
         unmapped: what a label that maps to nothing does: "stop" the build, "keep" it under its own name, "drop" it.
         patients: name of the pool that patient ids belong to. Ids of one pool are the same patients; data sets without
-            a name share one.
+            a name share one. Several of a named pool need the environment variable MEDGLIP_PATIENT_SALT.
         exhaustive: whether everything that its labels name is marked wherever an image shows it. If not, its phrases
             are no negatives in training unless an expert looked for them. None asks the source.
         private: replace image ids, which are file names, by hashes.

@@ -11,6 +11,7 @@ from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.taxonomy import normalize_name
 
 _SAME_SPACING = 0.01  # relative difference of pixel spacings that are the same but for rounding
+_SENTENCE_ENDS = (".", "!", "?")
 
 
 def find_keepers(groups: np.ndarray, datasets: Sequence[str], rules: ConflictRules) -> np.ndarray:
@@ -49,8 +50,9 @@ def find_keepers(groups: np.ndarray, datasets: Sequence[str], rules: ConflictRul
 def merge(examples: Sequence[GroundingExample], rules: ConflictRules) -> tuple[GroundingExample, list[Conflict]]:
     """Puts the annotations of one picture together, which several data sets, or one several times, have made.
 
-    The first example gives the picture and its ids. Regions of all are kept, equal ones once, disagreeing ones by the
-    rules. A label is absent if an example lists it and none shows it, or a part of it; what is not annotated is not
+    The first example gives the picture and its ids, the first that knows them modality, spacing and patient; different
+    captions are joined, with the spans of their regions. Regions of all are kept, equal ones once, disagreeing ones by
+    the rules. A label is absent if an example lists it and none shows it, or a part of it; what is not annotated is not
     absent. An expression that grounds to nothing goes if its words name something that another example shows.
 
     Args:
@@ -100,25 +102,53 @@ def _put_together(
     told = {(each.kind, each.labels, each.detail) for copy in copies for each in resolve(copy, rules)[1]}
     joined, lost = _join(copies)
     merged, found = resolve(joined, rules)
-    conflicts += [conflict("merged_fields", "first", detail) for detail in _compare_fields(copies, kind)]
+    conflicts += [conflict("merged_fields", rule, detail) for rule, detail in _compare_fields(copies, kind)]
     conflicts += [conflict("lost_text", "drop", "expression: a copy shows what it says is not there")] * lost
     return merged, conflicts + [each for each in found if (each.kind, each.labels, each.detail) not in told]
 
 
-def _compare_fields(copies: Sequence[GroundingExample], kind: str) -> list[str]:
-    """Says which fields of the copies differ, unknown ones apart."""
+def _compare_fields(copies: Sequence[GroundingExample], kind: str) -> list[tuple[str, str]]:
+    """Says (what is done, which field) of the fields of the copies that differ, unknown ones apart."""
     found = []
     for field in ("modality", "patient_id", "caption"):
         values = {value for copy in copies if (value := getattr(copy, field)) not in ("", "unknown")}
-        # Data sets hash their patients with salts of their own.
+        # Data sets may hash their patients with salts of their own.
         if len(values) > 1 and not (field == "patient_id" and kind == "duplicates_across"):
-            found.append(
-                f"{field}: {', '.join(sorted(values))}" if field == "modality" else f"{len(values)} of {field}"
-            )
+            detail = f"{field}: {', '.join(sorted(values))}" if field == "modality" else f"{len(values)} of {field}"
+            found.append(("join" if field == "caption" else "first", detail))
     spacings = np.asarray([copy.spacing_mm for copy in copies if min(copy.spacing_mm) > 0]).reshape(-1, 2)
     if len(spacings) > 1 and (spacings.max(axis=0) > spacings.min(axis=0) * (1 + _SAME_SPACING)).any():
-        found.append(f"spacing_mm: {len(spacings)} values")
+        found.append(("first", f"spacing_mm: {len(spacings)} values"))
     return found
+
+
+def _join_captions(copies: Sequence[GroundingExample]) -> tuple[str, dict[str, int]]:
+    """Puts the different captions one after another, without those that are in another one.
+
+    Returns:
+        (text, where each of the captions starts in it).
+    """
+    captions = list(dict.fromkeys(copy.caption for copy in copies if copy.caption))
+    text = ""
+    for caption in captions:
+        if any(_find_sentence(other, caption) >= 0 for other in captions if other != caption):
+            continue
+        if text:
+            text += " " if text.rstrip().endswith(_SENTENCE_ENDS) else ". "
+        text += caption
+    return text, {caption: _find_sentence(text, caption) for caption in captions}
+
+
+def _find_sentence(text: str, sentence: str) -> int:
+    """Returns where a sentence starts in a text, as a whole; -1 if it is not there."""
+    start = text.find(sentence)
+    while start >= 0:
+        before, after = text[:start].rstrip(), text[start + len(sentence) :].lstrip()
+        begins = not before or before.endswith(_SENTENCE_ENDS)
+        if begins and (not after or sentence.rstrip().endswith(_SENTENCE_ENDS) or after.startswith(".")):
+            return start
+        start = text.find(sentence, start + 1)
+    return -1
 
 
 def _join(copies: Sequence[GroundingExample]) -> tuple[GroundingExample, int]:
@@ -127,12 +157,12 @@ def _join(copies: Sequence[GroundingExample]) -> tuple[GroundingExample, int]:
     def known(field: str, unknown: tuple) -> object:
         return next((value for copy in copies if (value := getattr(copy, field)) not in unknown), unknown[0])
 
-    caption = str(known("caption", ("",)))
+    caption, starts = _join_captions(copies)
     regions: list[Region] = []
     expressions: dict[Expression, None] = {}
     lost = 0
     for place, copy in enumerate(copies):
-        spans_hold = copy.caption == caption
+        shift = starts.get(copy.caption, 0)
         names = [
             normalize_name(region.phrase)
             for other, each in enumerate(copies)
@@ -147,7 +177,7 @@ def _join(copies: Sequence[GroundingExample]) -> tuple[GroundingExample, int]:
             moved = tuple(k + len(regions) for k in expression.regions)
             expressions[dataclasses.replace(expression, regions=moved)] = None
         regions += (
-            region if spans_hold or not region.spans else dataclasses.replace(region, spans=())
+            dataclasses.replace(region, spans=tuple((start + shift, end + shift) for start, end in region.spans))
             for region in copy.regions
         )
     joined = dataclasses.replace(

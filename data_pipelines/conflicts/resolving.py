@@ -15,13 +15,13 @@ from data_pipelines.conflicts.structures import (
     find_mirrored,
     find_side,
     find_truths,
-    is_no_finding,
-    is_not_annotated,
     remove_side,
 )
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sides import swap_sides
 from data_pipelines.taxonomy import load_taxonomy
+from data_pipelines.taxonomy.placeholders import is_no_finding, is_not_annotated
+from data_pipelines.vocabulary import find_broader
 
 SAME_IOU = 0.95  # from which two outlines are one outline made twice
 OVERLAP_IOU = 0.5  # from which two outlines of one label are of one structure
@@ -114,6 +114,14 @@ def _unsided_holder(label: str, parent: str) -> str:
     return next((key for key in find_holders(label, parent) if not find_side(key)), "")
 
 
+def _unsided_kind(label: str) -> str:
+    """The nearest name without a side that a label is one of ("rib" of rib 9), if it tells all that a holder does."""
+    known = load_taxonomy().find(label)
+    holder = _unsided_holder(label, "")
+    kinds = (kind for kind in find_broader(known.id if known else "") if not find_side(kind))
+    return next((kind for kind in kinds if not holder or holder in find_truths(kind)), "")
+
+
 def _unside_names(region: Region) -> dict[str, str]:
     """Names of a region without its side: the taxonomy's, if it knows them."""
     label = remove_side(region.label)
@@ -128,7 +136,7 @@ def _unside_names(region: Region) -> dict[str, str]:
     return {
         "label": label,
         "phrase": remove_side(region.phrase) or label.replace("_", " "),
-        "parent": _unsided_holder(region.label, region.parent),
+        "parent": _unsided_kind(region.label) or _unsided_holder(region.label, region.parent),
     }
 
 

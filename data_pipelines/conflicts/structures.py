@@ -8,14 +8,6 @@ from data_pipelines.sides import swap_sides
 from data_pipelines.taxonomy import load_taxonomy, normalize_name
 
 _SIDE_WORD = re.compile(r"(?<![^\W_])(?ai:left|right)(?![^\W_])")
-_NOT_ANNOTATED = {
-    *("not annotated", "unannotated", "unlabeled", "unlabelled", "not labeled", "not labelled", "void", "ignore"),
-    *("ignored", "dont care", "don't care", "unknown", "undefined", "unclassified", "unspecified"),
-}
-_NO_FINDING = {
-    *("no finding", "no findings", "normal", "healthy", "negative", "background", "nothing", "none"),
-    *("no abnormality", "no lesion", "no tumor", "no disease", "absent"),
-}
 
 
 @functools.lru_cache(maxsize=65536)
@@ -90,13 +82,3 @@ def remove_side(text: str) -> str:
     text = re.sub(r"([_\s-])[_\s-]+", r"\1", text)
     text = re.sub(r"\b(of|in|on|at|to) the\s*$", "", text)
     return text.strip("_- ")
-
-
-def is_not_annotated(label: str) -> bool:
-    """Whether a label, unknown to the taxonomy, means that nobody looked there."""
-    return normalize_name(label) in _NOT_ANNOTATED and not load_taxonomy().find(label)
-
-
-def is_no_finding(label: str) -> bool:
-    """Whether a label, unknown to the taxonomy, means that nothing was found."""
-    return normalize_name(label) in _NO_FINDING and not load_taxonomy().find(label)

@@ -11,6 +11,8 @@ A source is a class that takes (folder, dataset=, modality=) and can be pickled.
     SUPERSEDES                names of sources whose layout its own refines: where both match, it is the one
     EXHAUSTIVE                False if it does not mark all that its labels name: what has no box may be there
 
+A layout that only its options tell, such as patterns of names, never matches: it has to be asked for by name.
+
 A class with the keyword `rule` takes the fields of `data_pipelines.volumes.SliceRule` as options.
 """
 
@@ -30,6 +32,7 @@ SOURCES = {
     "masks": ("masks", "MaskFolder", "masks: images/NAME.png and masks/NAME_left+lung.png, one mask file a region"),
     "yolo": ("yolo", "YOLO", "YOLO: images/ and labels/*.txt, or train/images/ and train/labels/ ..., and data.yaml"),
     "csv": ("csv_boxes", "CSVBoxes", "CSV of boxes: one .csv file of image, label and box, and the images it names"),
+    "rle_csv": ("rle_csv", "RLECSV", "CSV of run lengths: .csv files of ImageId and EncodedPixels, and the images"),
     "labelme": ("labelme", "LabelMe", "LabelMe: images with .json files of shapes beside them"),
     "instances": ("instances", "InstanceFolders", "instances: ID/images/ID.png, ID/masks/*.png, one an instance"),
     "colored_masks": (
@@ -37,6 +40,12 @@ SOURCES = {
         "ColoredMasks",
         "colored masks: images/ and masks/ of the same names, and labels.json, classes.csv or label_colors.txt",
     ),
+    "paired_masks": (
+        "paired_masks",
+        "PairedMasks",
+        "paired masks: images and masks whose names follow the patterns that the options images and masks give",
+    ),
+    "arrays": ("arrays", "Arrays", "arrays: .npy files of images and masks that the options images and masks find"),
     "sa_med2d": ("sa_med2d", "SAMed2D", "SA-Med2D-20M: images/, masks/ and a .json file that pairs their files"),
     "nifti": ("nifti", "NIfTI", "NIfTI: CASE/ct.nii.gz (mri, mr, pet, image) and multilabel.nii.gz or segmentations/"),
     "dicom": ("dicom", "DICOM", "DICOM: series, with multilabel.nii.gz or segmentations/ beside, SEG, or RTSTRUCT"),

@@ -86,7 +86,8 @@ class COCO(Sequence[GroundingExample]):
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
-        return bool(_list_json(folder))
+        # The constructor takes any file that is named, and says what is wrong with it; not every .json file is COCO.
+        return any(_looks_like_coco(path) for path in _list_json(folder))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -107,7 +108,7 @@ class COCO(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(group) if group else "",
+            patient_id=hash_patient(group, self._dataset) if group else "",
             modality=self._modality,
             caption=caption,
             regions=tuple(

@@ -6,7 +6,7 @@ import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,21 +21,25 @@ from data_pipelines.volumes import counts_components, split_components
 TABLES = ("labels.json", "classes.csv", "label_colors.txt")
 _MASK_FOLDERS = ("masks", "labels", "annotations")
 _ENDINGS = ("", "_mask", "_masks", "_label", "_labels", "_seg", "_segmentation", "_L")  # after the image's name
-_BACKGROUND = ("", "background", "void", "unlabeled", "unlabelled", "ignore")
-_REGIONS = ("", "component", "label")
+BACKGROUND = ("", "background", "void", "unlabeled", "unlabelled", "ignore")
+REGIONS = ("", "component", "label")
 _LINE = re.compile(r"(\d+)(?:[\s,]+(\d+)[\s,]+(\d+))?[\s,:]+(\D.*)")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A label of the table; `regions` says whether each connected component or the whole label is one region."""
 
     name: str
     regions: str = ""
 
-    @property
-    def by_component(self) -> bool:
-        return self.regions == "component" or (not self.regions and counts_components(self.name))
+    def split(self, mask: np.ndarray) -> Iterator[Region]:
+        """Yields the regions of a bool[H, W] mask of the label; background has none."""
+        if self.name.lower() in BACKGROUND:
+            return
+        one_by_one = self.regions == "component" or (not self.regions and counts_components(self.name))
+        for part in split_components(mask, one_by_one=one_by_one)[0]:
+            yield make_region(self.name, box_from_mask(part), mask=encode_mask(part))
 
 
 def _find_table(folder: pathlib.Path) -> pathlib.Path | None:
@@ -55,7 +59,10 @@ def _value_field(value: Any) -> str:
 
 
 def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    content = limits.read_json(path, "annotation_bytes")
+    return _object_rows(limits.read_json(path, "annotation_bytes"), str(path))
+
+
+def _object_rows(content: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(content, dict):
         content = [
             {"name": value, "id": key} if key.isdecimal() else {"name": key, _value_field(value): value}
@@ -95,7 +102,7 @@ def _text_rows(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 _READERS = {".json": _json_rows, ".csv": _csv_rows, ".txt": _text_rows}
 
 
-def read_table(path: pathlib.Path) -> tuple[dict[int, _Entry], bool]:
+def read_table(path: pathlib.Path) -> tuple[dict[int, Entry], bool]:
     """Reads a table of labels.
 
     Returns:
@@ -104,9 +111,19 @@ def read_table(path: pathlib.Path) -> tuple[dict[int, _Entry], bool]:
     Raises:
         SourceError: a label has no name or no value, or one that another has; the message names the line.
     """
-    ids: dict[int, _Entry] = {}
-    colours: dict[int, _Entry] = {}
-    for where, row in _READERS[path.suffix](path):
+    return _read_rows(_READERS[path.suffix](path), str(path))
+
+
+def read_values(values: Mapping[Any, Any], where: str) -> tuple[dict[int, Entry], bool]:
+    """As `read_table`, of a mapping in a recipe: {1: polyp}, {polyp: 1} or {polyp: [255, 0, 0]}."""
+    content = {str(key): list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return _read_rows(_object_rows(content, where), where)
+
+
+def _read_rows(rows: Iterable[tuple[str, dict[str, Any]]], path: str) -> tuple[dict[int, Entry], bool]:
+    ids: dict[int, Entry] = {}
+    colours: dict[int, Entry] = {}
+    for where, row in rows:
         name, regions = row.get("name"), row.get("regions") or ""
         rgb = [row.get(channel) for channel in "rgb"]
         try:
@@ -117,19 +134,40 @@ def read_table(path: pathlib.Path) -> tuple[dict[int, _Entry], bool]:
                 value = r * 65536 + g * 256 + b if all(0 <= c <= 255 for c in (r, g, b)) else -1
         except (KeyError, TypeError, ValueError):
             value, table = -1, ids
-        if value < 0 or not isinstance(name, str) or regions not in _REGIONS:
+        if value < 0 or not isinstance(name, str) or regions not in REGIONS:
             raise SourceError(
                 f"{where}: expected 'name', 'id' or a colour (r, g, b from 0 to 255), and optionally 'regions': "
                 f"component or label; found {row}"
             )
         if value in table:
             raise SourceError(f"{where}: {name!r} and {table[value].name!r} have the same value")
-        if name.strip().lower() not in _BACKGROUND and not clean_name(name):
+        if name.strip().lower() not in BACKGROUND and not clean_name(name):
             raise SourceError(f"{where}: the class name {name!r} has no words")
-        table[value] = _Entry(name.strip(), regions)
+        table[value] = Entry(name.strip(), regions)
     if bool(ids) == bool(colours):
         raise SourceError(f"{path}: " + ("has both ids and colours: keep one" if ids else "names no labels"))
     return ids or colours, bool(colours)
+
+
+def read_regions(values: np.ndarray, labels: Mapping[int, Entry], colours: bool, where: str) -> Iterator[Region]:
+    """Yields the regions of a mask of several labels, in the order of the table.
+
+    Args:
+        values: int64[H, W] of `read_label_map`.
+        labels, colours: of `read_table`.
+        where: mask and table, for messages.
+
+    Raises:
+        SourceError: the mask has a value, other than 0, that the table lacks.
+    """
+    present = np.unique(values).tolist()
+    for value in present:
+        if value and value not in labels:
+            shown = [value >> 16, value >> 8 & 255, value & 255] if colours else value
+            raise SourceError(f"{where} has no label {shown}; masks must not be JPEG or resized smoothly")
+    for value, entry in labels.items():
+        if value in present:
+            yield from entry.split(values == value)
 
 
 class ColoredMasks(Sequence[GroundingExample]):
@@ -191,20 +229,5 @@ class ColoredMasks(Sequence[GroundingExample]):
             height=image.height,
             width=image.width,
             modality=self._modality,
-            regions=tuple(self._read_regions(values, mask)),
+            regions=tuple(read_regions(values, self._labels, self._colours, f"{mask}: {self._table}")),
         )
-
-    def _read_regions(self, values: np.ndarray, path: pathlib.Path) -> Iterator[Region]:
-        present = np.unique(values).tolist()
-        for value in present:
-            if value and value not in self._labels:
-                shown = [value >> 16, value >> 8 & 255, value & 255] if self._colours else value
-                raise SourceError(
-                    f"{path}: {self._table} has no label {shown}; masks must not be JPEG or resized smoothly"
-                )
-        for value, entry in self._labels.items():
-            if value not in present or entry.name.lower() in _BACKGROUND:
-                continue
-            mask = values == value
-            for part in split_components(mask, one_by_one=entry.by_component)[0]:
-                yield make_region(entry.name, box_from_mask(part), mask=encode_mask(part))

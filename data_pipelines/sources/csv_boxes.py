@@ -154,7 +154,7 @@ class CSVBoxes(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(patient) if patient else image.patient_id,
+            patient_id=hash_patient(patient, self._dataset) if patient else image.patient_id,
             modality=image.modality or self._modality,
             spacing_mm=image.spacing_mm,
             regions=kept,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import limits, volumes
-from data_pipelines.curate import SourceError, find_modality
-from data_pipelines.dicom_privacy import Identity, check_burned_in, find_salt, hash_identifier, read_header
-from data_pipelines.sources import dicom_labels, nifti
+from data_pipelines.curate import SourceError, find_modality, find_salt, hash_identifier
+from data_pipelines.dicom_privacy import Identity, check_burned_in, read_header
+from data_pipelines.sources import dicom_labels, nifti_files
 from data_pipelines.sources.dicom_labels import Geometry
 from data_pipelines.sources.volume_source import Case, UnusableCase, VolumeSource
 from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
@@ -265,7 +265,7 @@ def _patient_of(identity: Identity, series: str, salt: str) -> str:
 def _label_folder(start: pathlib.Path, top: pathlib.Path) -> pathlib.Path | None:
     """Returns the nearest folder from `start` up to `top` with NIfTI labels."""
     for folder in (start, *start.parents):
-        if nifti.has_labels(folder):
+        if nifti_files.has_labels(folder):
             return folder
         if folder == top:
             return None
@@ -289,17 +289,17 @@ class _DicomCase(Case):
         return self.series.patient
 
     def list_files(self) -> list[pathlib.Path]:
-        labels = nifti.list_case_labels(self.folder) if self.folder else [path for path, _ in self.objects]
+        labels = nifti_files.list_case_labels(self.folder) if self.folder else [path for path, _ in self.objects]
         return [*(path for path, _ in self.series.headers), *labels]
 
     def describe(self) -> str:
-        return str(self.series.problem or "") + str(nifti.read_description(self.folder) if self.folder else "")
+        return str(self.series.problem or "") + str(nifti_files.read_description(self.folder) if self.folder else "")
 
     def read_labels(self) -> tuple[Labels, Grid]:
         _, geometry = self.series.arrange()
         turn, grid = volumes.to_radiological(geometry.affine, geometry.shape, str(self.series.folder))
         if self.folder is not None:
-            return nifti.read_case_labels(self.folder, grid, self.root), grid
+            return nifti_files.read_case_labels(self.folder, grid, self.root), grid
         labels = Labels(grid.shape)
         for path, kind in self.objects:
             _ANNOTATIONS[kind](labels, path, geometry, turn)

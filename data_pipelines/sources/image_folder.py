@@ -80,8 +80,15 @@ class ImageFolder:
         Raises:
             SourceError: as these.
         """
-        if path.suffix.lower() in DICOM_SUFFIXES:
-            limits.check_inside(self.root, path)
-            return store_dicom(path, dataset=dataset, annotated_size=annotated_size)
-        image = store_image(path, annotated_size, self.root)
-        return DicomImage(image.encoded, image.height, image.width)
+        return store_any(path, self.root, dataset=dataset, annotated_size=annotated_size)
+
+
+def store_any(
+    path: pathlib.Path, root: pathlib.Path, *, dataset: str, annotated_size: tuple[int, int] | None = None
+) -> DicomImage:
+    """As `ImageFolder.store`, of a file in the folder `root`."""
+    if path.suffix.lower() in DICOM_SUFFIXES:
+        limits.check_inside(root, path)
+        return store_dicom(path, dataset=dataset, annotated_size=annotated_size)
+    image = store_image(path, annotated_size, root)
+    return DicomImage(image.encoded, image.height, image.width)

@@ -36,6 +36,8 @@ class InstanceFolders(Sequence[GroundingExample]):
     files is an image without instances; images in a folder without masks/ are unused.
     """
 
+    SUPERSEDES = ("rle_csv",)  # the Bowl's table of the same masks may lie beside the folders
+
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality, self._folder = dataset, modality, folder
         self._folders = _list_folders(folder)

@@ -46,7 +46,8 @@ class MaskFolder(Sequence[GroundingExample]):
             found = f"only {describe(masks.values())}" if masks else "none"
             raise SourceError(
                 f"{folder}: no mask belongs to an image: expected masks/STEM_PHRASE.png, found {found}. One mask an "
-                "image with several labels needs a labels.json, classes.csv or label_colors.txt that names them"
+                "image with several labels needs a labels.json, classes.csv or label_colors.txt that names them; other "
+                "names are what the source paired_masks reads"
             )
         self.unused += [str(path) for stem, path in images.items() if stem not in owned]
         self._items = [(stem, images[stem], owned[stem]) for stem in images if stem in owned]

@@ -179,7 +179,7 @@ class MSCXR(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(patient[1]) if patient else image.patient_id,
+            patient_id=hash_patient(patient[1], self._dataset) if patient else image.patient_id,
             modality=self._modality,
             spacing_mm=image.spacing_mm,
             caption=" ".join(sentences),

@@ -67,6 +67,12 @@ def _parse_name(stem: str) -> tuple[str, str, str]:
     return modality, parts[1], f"{parts[1]}/{'--'.join(parts[2:-1])}"
 
 
+def _fold_number(number: object) -> str:
+    """A class id as file names have it, "0003", or as a number: "3"."""
+    text = str(number)
+    return text.lstrip("0") or "0" if text.isdecimal() else text
+
+
 class SAMed2D(Sequence[GroundingExample]):
     """images/, masks/ and SAMed2D_v1.json (image: its masks), or the demo's image2label*.json and label2image*.json.
 
@@ -105,7 +111,7 @@ class SAMed2D(Sequence[GroundingExample]):
         self._classes_file = str(classes[0] if classes else folder / _CLASSES)
         content = _read_json(limits.check_inside(folder, classes[0])) if classes else {}
         self._names = {
-            (name, str(number)): label
+            (name, _fold_number(number)): label
             for name, labels in content.items()
             for label, number in (labels.items() if isinstance(labels, dict) else ())
         }
@@ -138,7 +144,7 @@ class SAMed2D(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(patient) if patient else "",
+            patient_id=hash_patient(patient, self._dataset) if patient else "",
             modality=modality or self._modality,
             regions=tuple(
                 self._read_mask(pathlib.Path(mask), path.stem, subset, (image.height, image.width)) for mask in masks
@@ -149,7 +155,7 @@ class SAMed2D(Sequence[GroundingExample]):
         found = re.fullmatch(re.escape(stem) + ("--" if subset else "_") + r"(.+)_\d+", path.stem)
         if not found:
             raise SourceError(f"{path}: expected a mask named {stem}{'--CLASS' if subset else '_LABEL'}_INSTANCE")
-        name = self._names.get((subset, found[1]), "") if subset else found[1]
+        name = self._names.get((subset, _fold_number(found[1])), "") if subset else found[1]
         if not name:
             raise SourceError(f"{path}: {self._classes_file} has no class {found[1]} of {subset}")
         mask: np.ndarray = read_mask(self._check_inside(path), size)

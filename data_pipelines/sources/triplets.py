@@ -129,7 +129,7 @@ class Triplets(Sequence[GroundingExample]):
             dataset=self._dataset,
             height=image.height,
             width=image.width,
-            patient_id=hash_patient(patients.pop()) if patients else image.patient_id,
+            patient_id=hash_patient(patients.pop(), self._dataset) if patients else image.patient_id,
             modality=told or image.modality or self._modality,
             spacing_mm=image.spacing_mm,
             caption=" ".join(captions),

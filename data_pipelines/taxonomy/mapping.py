@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from data_pipelines.curate import SourceError, clean_name, keep_regions
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.taxonomy import FOLDER, Label, Taxonomy, load_taxonomy, load_yaml, normalize_name
+from data_pipelines.taxonomy.placeholders import is_placeholder
 
 MAPPINGS = FOLDER / "mappings"
 _FIELDS = {
@@ -54,7 +55,8 @@ class LabelMapping:
 
     Args:
         name: of the data set, "" for the plain mapping, which knows what the taxonomy knows.
-        table: label or reason to drop of the classes, by their normalised names.
+        table: label or reason to drop of the classes, by their normalised names; one that ends in "*" is of all
+            names that begin so and are not listed themselves, the longest beginning first.
         classes: names of all classes of the set, () if they are not known.
         exhaustive: those of the classes that an image does not show if it has no region of them.
         source: where the classes are listed.
@@ -71,18 +73,21 @@ class LabelMapping:
     ):
         self.name, self.classes, self.exhaustive, self.source = name, tuple(classes), tuple(exhaustive), source
         self._table = dict(table or {})
+        self._starts = sorted((name[:-1] for name in self._table if name.endswith("*")), key=len, reverse=True)
         self._resolved: dict[str, Label | Dropped | None] = {}
 
     def resolve(self, source_label: str) -> Label | Dropped | None:
         """Returns the label of a class, or why its regions are left out, or None if nothing is known of it.
 
-        The mapping's own table comes first, then the taxonomy, each with the name as it is and without "(...)".
+        The mapping's own table comes first, whole names before beginnings, then the taxonomy, each with the name as it
+        is and without "(...)".
         """
         if source_label not in self._resolved:
             if len(self._resolved) >= _REMEMBERED:
                 self._resolved.clear()
             names = [normalize_name(name) for name in (source_label, clean_name(source_label))]
             tabled = [self._table[name] for name in names if name in self._table]
+            tabled += [self._table[f"{start}*"] for name in names for start in self._starts if name.startswith(start)]
             known = [label for name in names if (label := load_taxonomy().find(name))]
             self._resolved[source_label] = next(iter([*tabled, *known]), None)
         return self._resolved[source_label]
@@ -168,7 +173,7 @@ def _parse(name: str, content: Mapping, taxonomy: Taxonomy) -> LabelMapping:
     for class_, meaning in entries:
         if table.setdefault(normalize_name(class_), meaning) != meaning:
             raise ValueError(f"the class {class_!r} has two meanings; keep one")
-    classes = [*content.get("classes", []), *(class_ for class_, _ in entries)]
+    classes = [*content.get("classes", []), *(class_ for class_, _ in entries if not class_.endswith("*"))]
     classes = list(dict.fromkeys(classes))
     exhaustive = content.get("exhaustive", False)
     if isinstance(exhaustive, bool):
@@ -185,13 +190,14 @@ def apply_mapping(
 
     A mapped region gets label, granularity and parent, and the label's name as phrase unless it has spans in the
     caption. A parent that is narrower than the label's own stays. A region of a dropped class goes, and with it the
-    expressions that ground to it. A region that nothing is known of stays as it is. An absent label goes if its class
-    is dropped, or if the image shows it or something that implies it.
+    expressions that ground to it. A region that nothing is known of stays as it is, and so does one that the mapping
+    does not list and whose name stands for no structure (void, normal), for `conflicts.resolve`. An absent label goes
+    if its class is dropped, or if the image shows it or something that implies it.
 
     Args:
         example: as a source made it.
         mapping: the data set's.
-        unmapped: counts the classes that nothing is known of; added to.
+        unmapped: counts the classes that nothing is known of, without those that stand for no structure; added to.
 
     Returns:
         (example, number of regions, absent labels and expressions left out, by reason).
@@ -204,7 +210,7 @@ def apply_mapping(
             left_out[found.reason] += 1
             continue
         kept.append(position)
-        if found is None:
+        if found is None and not is_placeholder(region.label):
             unmapped[region.source_label or region.label] += 1
         regions.append(region if found is None else _relabel(region, found))
     kept_example, lost = keep_regions(example, kept)
@@ -218,7 +224,7 @@ def apply_mapping(
         if isinstance(found, Dropped):
             left_out[f"absent: {found.reason}"] += 1
             continue
-        if found is None:
+        if found is None and not is_placeholder(name):
             unmapped[name] += 1
         label = name if found is None else found.id
         if label in shown:

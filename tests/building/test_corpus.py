@@ -13,13 +13,14 @@ import pytest
 from PIL import Image
 
 from data_pipelines.building.corpus import build_corpus
-from data_pipelines.building.recipe import DataSet, HeldOut, Recipe
+from data_pipelines.building.recipe import DataSet, HeldOut, Recipe, RecipeError
 from data_pipelines.building.running import Processes, make_runner, run_here
-from data_pipelines.curate import SourceError
+from data_pipelines.curate import SALT_VARIABLE, SourceError
 from data_pipelines.record_index import IndexBuilder, index_name, read_index
 from data_pipelines.records import RecordsError, find_shards, read_examples, read_metadata
 from data_pipelines.sources.phantoms import Phantoms
 from data_pipelines.sources.voc import PascalVOC
+from tests.sources.radiographs import RAMP, write_radiograph
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
@@ -222,6 +223,57 @@ def test_label_that_maps_to_nothing_stops_the_build_with_the_nearest(folder):
         assert read_metadata(output)["splits"]["train"]["labels"] == ({"plateletz": 1} if count else {})
     with pytest.raises(SourceError, match=r"'plateletz' \(1\): nearest labels: platelet"):
         build(folder, "stop", Recipe("c", {"c": DataSet(source="voc", input="c")}, on_error="skip"))
+
+
+@pytest.mark.parametrize(("unmapped", "other", "labels"), [("stop", "RBC", ["red_blood_cell"]), ("drop", "odd", [])])
+def test_name_of_no_structure_needs_no_mapping(folder, unmapped, other, labels):
+    make_voc(folder / "in" / "c", {"c": 50})
+    text = "".join(OBJECT.format(name, 2, 3, 30, 25) for name in ("void", "No finding", other))
+    (folder / "in" / "c" / "Annotations" / "c.xml").write_text(f"<annotation>{text}</annotation>")
+    output = build(folder, "out", Recipe("c", {"c": DataSet(source="voc", input="c", unmapped=unmapped)}))
+    (example,) = read_examples(output)
+    assert [region.label for region in example.regions] == labels
+    counts = json.loads((output / "conflicts.json").read_text())["counts"]
+    assert counts == {"not_annotated": {"drop": 1}, "no_finding": {"drop": 1}}
+
+
+def test_notes_of_single_dicom_images_are_counted_over_all_units(folder):
+    pytest.importorskip("pydicom")
+    rows = [f"{name},Mass,1,R8,1,2,3,4" for name in "abc"]
+    (folder / "in" / "c").mkdir()
+    (folder / "in" / "c" / "a.csv").write_text(
+        "\n".join(["image_id,class_name,class_id,rad_id,x_min,y_min,x_max,y_max", *rows])
+    )
+    for name, said in zip("abc", (None, "NO", None), strict=True):
+        write_radiograph(folder / "in" / "c" / f"{name}.dcm", RAMP + ord(name), BurnedInAnnotation=said)
+    sets = {"c": DataSet(source="csv", input="c", unmapped="keep"), "a": recipe().data_sets["a"]}
+    output = build(folder, "out", Recipe("both", sets), unit_size=1)
+    told = {name: entry["notes"] for name, entry in read_metadata(output)["build"]["data_sets"].items()}
+    assert told == {"c": {"DICOM files that do not say whether text is burned in": 2}, "a": {}}
+
+
+def make_patients(folder: pathlib.Path, name: str, seed: int, patients: range) -> DataSet:
+    """A COCO data set of a picture for each patient."""
+    (folder / name).mkdir()
+    for patient in patients:
+        picture(seed + patient).save(folder / name / f"{name}{patient}.png")
+    images = [{"id": p, "file_name": f"{name}{p}.png", "patient_id": f"p{p}"} for p in patients]
+    (folder / name / "a.json").write_text(json.dumps({"images": images, "annotations": [], "categories": []}))
+    return DataSet(source="coco", input=name, patients="ward")
+
+
+def test_patients_of_one_pool_stay_together_with_a_salt_and_are_refused_without(folder, monkeypatch):
+    sets = {name: make_patients(folder / "in", name, seed, range(12)) for name, seed in (("x", 100), ("y", 200))}
+    made = Recipe("both", sets, eval_fraction=0.4)
+    with pytest.raises(RecipeError, match=r"x, y share the patients of 'ward'.* MEDGLIP_PATIENT_SALT"):
+        build(folder, "out", made)
+    monkeypatch.setenv(SALT_VARIABLE, "secret")
+    output = build(folder, "out", made)
+    train, other = (
+        {each.patient_id: each.dataset for each in read_examples(f"{output}:{split}")}
+        for split in ("train", "validation")
+    )
+    assert len(train) + len(other) == 12 and train and other
 
 
 def test_private_data_set_keeps_no_file_name(folder):

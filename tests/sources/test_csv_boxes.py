@@ -34,7 +34,7 @@ def test_rsna(tmp_path):
     write_csv(tmp_path, RSNA, "a,1.0,2.0,10,20,1", "b,,,,,0", "a,5,6,7,8,1", images=("a", "b"))
     ill, normal = read(tmp_path)
     assert boxes(ill) == [("lung_opacity", [1, 2, 11, 22]), ("lung_opacity", [5, 6, 12, 14])]
-    assert (ill.absent, ill.patient_id, ill.modality) == ((), hash_patient("a"), "xray")
+    assert (ill.absent, ill.patient_id, ill.modality) == ((), hash_patient("a", "chests"), "xray")
     assert (normal.image_id, normal.regions, normal.absent) == ("b", (), ("lung_opacity",))
 
 
@@ -56,7 +56,7 @@ def test_nih_header_with_commas_and_patients_in_the_names(tmp_path):
     line = "00013118_008.png,Infiltrate,2.5,5,10,20,,,"
     (example,) = read(write_csv(tmp_path, NIH, line, images=["00013118_008"]))
     assert boxes(example) == [("lung_infiltrate", [2.5, 5, 12.5, 25])]
-    assert (example.image_id, example.patient_id) == ("00013118_008", hash_patient("00013118"))
+    assert (example.image_id, example.patient_id) == ("00013118_008", hash_patient("00013118", "chests"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_nih_header_with_commas_and_patients_in_the_names(tmp_path):
 def test_other_headers(tmp_path, header, line):
     (example,) = read(write_csv(tmp_path, header, line))
     assert boxes(example) == [("red_blood_cell", [1, 2, 11, 22])]
-    assert (example.patient_id == hash_patient("Doe")) == ("Doe" in line)
+    assert (example.patient_id == hash_patient("Doe", "chests")) == ("Doe" in line)
 
 
 def test_image_without_a_row_is_unused(tmp_path):
@@ -140,7 +140,7 @@ def test_radiographs_may_be_dicom_files(tmp_path, suffix):
     first, second = source
     assert boxes(first) == boxes(second) != []
     assert (first.height, first.width, first.spacing_mm, first.modality) == (30, 40, (0.2, 0.3), "xray")
-    assert first.patient_id == hash_patient(f"chests/patient/{PATIENT}")
+    assert first.patient_id == hash_patient(PATIENT, "chests")
     assert (second.height, second.spacing_mm, second.patient_id) == (40, (0, 0), "")
     assert source.unused == []
 
@@ -148,7 +148,7 @@ def test_radiographs_may_be_dicom_files(tmp_path, suffix):
 def test_patient_column_goes_before_the_dicom_header(tmp_path):
     pytest.importorskip("pydicom")
     write_radiograph(write_csv(tmp_path, RSNA, "a,1,2,3,4,1", images=()) / "stage_2_train_images/a.dcm")
-    assert read(tmp_path)[0].patient_id == hash_patient("a")
+    assert read(tmp_path)[0].patient_id == hash_patient("a", "chests")
 
 
 def test_link_to_a_dicom_file_outside_the_folder_is_an_error(tmp_path):

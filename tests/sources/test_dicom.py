@@ -1,3 +1,5 @@
+"""DICOM series with labels beside them."""
+
 import io
 import pathlib
 
@@ -7,96 +9,29 @@ from PIL import Image
 
 from data_pipelines.curate import SourceError
 from data_pipelines.limits import Limits, use_limits
-from data_pipelines.sources import detect_source, load_source
+from data_pipelines.sources import detect_source
 from data_pipelines.sources.dicom import DICOM, read_pixels
 
 nibabel = pytest.importorskip("nibabel")
 pydicom = pytest.importorskip("pydicom")
 
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset  # noqa: E402
-from pydicom.pixels import pack_bits  # noqa: E402
+from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.sequence import Sequence  # noqa: E402
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SegmentationStorage, generate_uid  # noqa: E402
+from pydicom.uid import SegmentationStorage  # noqa: E402
 
-from tests.sources.volume_body import NAMES, SHAPE, affine_of, draw_body, facts, turn_to  # noqa: E402
-
-SERIES, PATIENT = "1.2.3.4.5", "MRN-4711"
-AXIAL = "SPL"  # where slices, rows and columns grow to
-
-
-def to_dicom(point: np.ndarray) -> list[float]:
-    return (np.asarray(point)[:3] * (-1, -1, 1)).tolist()
-
-
-def place(header: Dataset, affine: np.ndarray, index: int) -> None:
-    rows, columns = affine[:3, 1], affine[:3, 2]
-    header.ImagePositionPatient = to_dicom(affine @ (index, 0, 0, 1))
-    header.ImageOrientationPatient = to_dicom(columns / np.linalg.norm(columns)) + to_dicom(rows / np.linalg.norm(rows))
-    header.PixelSpacing = [float(np.linalg.norm(rows)), float(np.linalg.norm(columns))]
-
-
-def new_file(kind=CTImageStorage, modality="CT", series=SERIES) -> FileDataset:
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = kind, generate_uid()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    header = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
-    header.SOPClassUID, header.SOPInstanceUID = kind, meta.MediaStorageSOPInstanceUID
-    header.Modality, header.SeriesInstanceUID, header.PatientID = modality, series, PATIENT
-    header.PatientName = "Doe^Jane"
-    return header
-
-
-def set_pixels(header: Dataset, pixels: np.ndarray, photometric="MONOCHROME2") -> None:
-    header.Rows, header.Columns = pixels.shape[:2]
-    header.SamplesPerPixel = 1 if pixels.ndim == 2 else 3
-    if pixels.ndim == 3:
-        header.PlanarConfiguration = 0
-    header.PhotometricInterpretation = photometric
-    header.BitsAllocated = header.BitsStored = 8 * pixels.itemsize
-    header.HighBit, header.PixelRepresentation = header.BitsStored - 1, 0
-    header.PixelData = pixels.tobytes()
-
-
-def write_series(folder: pathlib.Path, codes: str = AXIAL, series=SERIES, values=None, modality="CT") -> pathlib.Path:
-    """Writes one file a slice; names do not follow the order of the slices. Returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stored, affine = turn_to(codes, draw_body()[0] if values is None else values)
-    names = np.random.default_rng(1).permutation(len(stored))
-    for index, image in enumerate(stored):
-        header = new_file(modality=modality, series=series)
-        place(header, affine, index)
-        header.RescaleSlope, header.RescaleIntercept = 1, -1024
-        set_pixels(header, (image + 1024).astype(np.uint16))
-        header.save_as(folder / f"CT.{names[index]:03d}")
-    return folder
-
-
-def slice_file(folder: pathlib.Path, index: int) -> pathlib.Path:
-    """The file of slice `index` of an axial series."""
-    places = {path: pydicom.dcmread(path).ImagePositionPatient[2] for path in folder.glob("CT.*")}
-    return sorted(places, key=places.__getitem__)[index]
-
-
-def write_labels(folder: pathlib.Path, labels=None) -> pathlib.Path:
-    (folder / "segmentations").mkdir(parents=True, exist_ok=True)
-    labels = draw_body()[1] if labels is None else labels
-    for value, name in NAMES.items():
-        image = nibabel.Nifti1Image((labels == value).astype(np.uint8), affine_of())
-        nibabel.save(image, folder / "segmentations" / f"{name}.nii.gz")
-    return folder
-
-
-def write_case(folder: pathlib.Path, codes: str = AXIAL) -> pathlib.Path:
-    write_series(folder / "series", codes)
-    return write_labels(folder)
-
-
-def read(folder, source="dicom"):
-    return load_source(source, folder, dataset="scans")
-
-
-def shown_boxes(source) -> dict[tuple[str, str], list]:
-    return {(e.image_id, region.label): region.box.tolist() for e in source for region in e.regions}
+from tests.sources.series_files import (  # noqa: E402
+    AXIAL,
+    PATIENT,
+    SERIES,
+    new_file,
+    read,
+    set_pixels,
+    slice_file,
+    write_case,
+    write_labels,
+    write_series,
+)
+from tests.sources.volume_body import affine_of, draw_body, facts  # noqa: E402
 
 
 @pytest.mark.parametrize("codes", [AXIAL, "IPL", "SAR", "PIL", "LIP", "RSA"])
@@ -275,136 +210,6 @@ def test_large_values_are_bright_whatever_the_photometric_interpretation(tmp_pat
     lookup = {f"{c}PaletteColorLookupTableDescriptor": [256, 0, 16] for c in ("Red", "Green", "Blue")}
     lookup |= {f"{c}PaletteColorLookupTableData": table.tobytes() for c in ("Red", "Green", "Blue")}
     np.testing.assert_allclose(values(ramp, "PALETTE COLOR", **lookup), table[ramp])
-
-
-def item(**fields) -> Dataset:
-    header = Dataset()
-    for keyword, value in fields.items():
-        setattr(header, keyword, value)
-    return header
-
-
-def write_segmentation(path: pathlib.Path, codes=AXIAL, label="liver", kind="BINARY", shift=0.0) -> None:
-    """Writes the liver and the tumor in it, two overlapping segments, on the slices that show them."""
-    liver = draw_body()[1] == 1
-    tumor = np.zeros(SHAPE, bool)
-    tumor[20:24, 20:26, 6:12] = True
-    header = new_file(SegmentationStorage, "SEG", "1.2.77")
-    header.SegmentationType = kind
-    header.ReferencedSeriesSequence = Sequence([item(SeriesInstanceUID=SERIES)])
-    segments = [item(SegmentNumber=1, SegmentLabel=label), item(SegmentNumber=2, SegmentLabel="liver_tumor")]
-    header.SegmentSequence = Sequence(segments)
-    frames, places = [], []
-    for number, mask in ((1, liver), (2, tumor)):
-        stored, affine = turn_to(codes, mask)
-        for index in np.flatnonzero(stored.any(axis=(1, 2))):
-            measures = Dataset()
-            place(measures, affine, int(index))
-            position = [measures.ImagePositionPatient[0] + shift, *measures.ImagePositionPatient[1:]]
-            frames.append(stored[index])
-            places.append(
-                item(
-                    SegmentIdentificationSequence=Sequence([item(ReferencedSegmentNumber=number)]),
-                    PlanePositionSequence=Sequence([item(ImagePositionPatient=position)]),
-                    PlaneOrientationSequence=Sequence([measures]),
-                    PixelMeasuresSequence=Sequence([measures]),
-                )
-            )
-    pixels = np.stack(frames)
-    set_pixels(header, pixels[0].astype(np.uint8))
-    header.NumberOfFrames = len(frames)
-    if kind == "BINARY":
-        header.BitsAllocated, header.BitsStored, header.HighBit = 1, 1, 0
-        header.PixelData = pack_bits(pixels.astype(np.uint8).ravel())
-    else:
-        header.MaximumFractionalValue = 200
-        header.PixelData = np.where(pixels, 100, 99).astype(np.uint8).tobytes()
-    header.SharedFunctionalGroupsSequence = Sequence([Dataset()])
-    header.PerFrameFunctionalGroupsSequence = Sequence(places)
-    header.save_as(path)
-
-
-@pytest.mark.parametrize("kind", ["BINARY", "FRACTIONAL"])
-@pytest.mark.parametrize("codes", [AXIAL, "PIL"])
-def test_segmentation_object(tmp_path, kind, codes):
-    expected = shown_boxes(read(write_case(tmp_path / "nifti", codes)))
-    write_series(tmp_path / "seg", codes)
-    write_segmentation(tmp_path / "seg" / "seg.dcm", codes, kind=kind)
-    found = shown_boxes(read(tmp_path / "seg"))
-    livers = {key for key in found if key[1] == "liver"}
-    assert len(livers) > 10 and all(found[key] == expected[key] for key in livers)
-    assert sum(key[1] == "liver_tumor" for key in found) > 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shift": 1.5}, "not pixel on pixel"),
-        ({"label": "(x)"}, "has no words"),
-        ({"codes": "IPR"}, "not pixel on pixel"),
-    ],
-)
-def test_bad_segmentation_is_an_error(tmp_path, options, message):
-    write_series(tmp_path)
-    write_segmentation(tmp_path / "seg.dcm", **options)
-    with pytest.raises(SourceError, match=f"seg.dcm: .*{message}"):
-        read(tmp_path)[0]
-
-
-def contour(corners, height: int) -> Dataset:
-    """A polygon of (right, front) voxels in slice `height`."""
-    points = [to_dicom(affine_of() @ (right, front, height, 1)) for right, front in corners]
-    return item(ContourGeometricType="CLOSED_PLANAR", ContourData=list(np.ravel(points)))
-
-
-def write_structures(path: pathlib.Path, contours, series=SERIES) -> None:
-    header = new_file(modality="RTSTRUCT", series="1.2.88")
-    study = Sequence([item(RTReferencedSeriesSequence=Sequence([item(SeriesInstanceUID=series)]))])
-    header.ReferencedFrameOfReferenceSequence = Sequence([item(RTReferencedStudySequence=study)])
-    header.StructureSetROISequence = Sequence([item(ROINumber=3, ROIName="liver")])
-    header.ROIContourSequence = Sequence([item(ReferencedROINumber=3, ContourSequence=Sequence(contours))])
-    header.save_as(path)
-
-
-OUTLINE = [(18, 15), (28, 15), (28, 39), (18, 39)]  # the liver's outermost voxels
-HOLE = [(21, 20), (25, 20), (25, 30), (21, 30)]
-
-
-def test_structure_set(tmp_path):
-    expected = shown_boxes(read(write_case(tmp_path / "nifti")))
-    write_series(tmp_path / "rt")
-    outlines = [contour(outline, height) for height in range(4, 16) for outline in (OUTLINE, HOLE)]
-    write_structures(tmp_path / "rt" / "structures.dcm", outlines)
-    source = read(tmp_path / "rt")
-    found = shown_boxes(source)
-    assert len(found) > 10 and all(found[key] == expected[key] for key in found)
-    labels, _ = source._items[0][0].read_labels()
-    filled = 11 * 25 - 3 * 9  # pixels that the hole's contour touches are not in the hole
-    np.testing.assert_array_equal(labels.layers[0].sum(axis=(1, 2)), [0] * 4 + [filled] * 12 + [0] * 4)
-
-
-@pytest.mark.parametrize(
-    ("contours", "message"),
-    [
-        ([contour(OUTLINE, 25)], "lies in no slice"),
-        ([item(ContourGeometricType="CLOSED_PLANAR", ContourData=[0.0, 0, 0, 1, 1])], "no usable RT structure set"),
-        (
-            [item(ContourGeometricType="CLOSED_PLANAR", ContourData=[0.0, 0, -300, 0, 9, -290, 9, 9, -280])],
-            "in several",
-        ),
-    ],
-)
-def test_bad_structure_set_is_an_error(tmp_path, contours, message):
-    write_series(tmp_path)
-    write_structures(tmp_path / "structures.dcm", contours)
-    with pytest.raises(SourceError, match=f"structures.dcm: .*{message}"):
-        read(tmp_path)[0]
-
-
-def test_annotation_of_another_series_is_unused(tmp_path):
-    write_case(tmp_path)
-    write_structures(tmp_path / "structures.dcm", [contour(OUTLINE, 8)], series="1.2.999")
-    assert read(tmp_path).unused == [f"{tmp_path / 'structures.dcm'}: refers to a series that is not here"]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from data_pipelines.curate import SourceError
 from data_pipelines.limits import Limits, use_limits
+from data_pipelines.sources.arrays import Arrays
 from data_pipelines.sources.coco import COCO
 from data_pipelines.sources.colored_masks import ColoredMasks
 from data_pipelines.sources.dicom import DICOM
@@ -16,6 +17,8 @@ from data_pipelines.sources.instances import InstanceFolders
 from data_pipelines.sources.labelme import LabelMe
 from data_pipelines.sources.masks import MaskFolder
 from data_pipelines.sources.nifti import NIfTI
+from data_pipelines.sources.paired_masks import PairedMasks
+from data_pipelines.sources.rle_csv import RLECSV
 from data_pipelines.sources.sa_med2d import SAMed2D
 from data_pipelines.sources.voc import PascalVOC
 from data_pipelines.sources.yolo import YOLO
@@ -90,6 +93,24 @@ def write_sa_med2d(folder):
     write(folder, "SAMed2D_v1.json", json.dumps(pairs))
 
 
+def write_paired_masks(folder):
+    for stem in STEMS:
+        save(folder, f"{stem}.png", f"{stem}_mask.png")
+
+
+def write_arrays(folder):
+    for stem in STEMS:
+        (folder / stem).mkdir()
+        np.save(folder / stem / "images.npy", np.zeros((1, 8, 8, 3), np.uint8))
+        np.save(folder / stem / "masks.npy", np.eye(8)[None, ..., None])
+
+
+def write_rle_csv(folder):
+    for stem in STEMS:
+        save(folder, f"{stem}.png")
+    write(folder, "masks.csv", "ImageId,EncodedPixels\na,1 9\nb,-1\n")
+
+
 def write_nifti(folder):
     for stem in STEMS:
         write_case(folder, stem)
@@ -112,6 +133,9 @@ LAYOUTS = {
     "labelme": (LabelMe, write_labelme, ("a.png", "a.json")),
     "instances": (InstanceFolders, write_instances, ("a/images/a.png", "a/masks/1.png")),
     "colored_masks": (ColoredMasks, write_colored_masks, ("images/a.png", "masks/a.png")),
+    "paired_masks": (PairedMasks, write_paired_masks, ("a.png", "a_mask.png")),
+    "arrays": (Arrays, write_arrays, ("a/images.npy", "a/masks.npy")),
+    "rle_csv": (RLECSV, write_rle_csv, ("a.png",)),
     "sa_med2d": (SAMed2D, write_sa_med2d, ("images/a_0.png", "masks/a_0_liver_000.png")),
     "nifti": (NIfTI, write_nifti, ("a/ct.nii.gz", "a/multilabel.nii.gz", "a/labels.json")),
     "dicom": (DICOM, write_dicom, ("a/series/one", "a/segmentations/liver.nii.gz")),
@@ -130,9 +154,18 @@ def folders(tmp_path_factory):
     return made
 
 
+RULE = {"rule": SliceRule(planes=("axial",), step_mm=30)}
+OPTIONS = {
+    "nifti": RULE,
+    "dicom": RULE,
+    "paired_masks": {"images": "{id}.png", "masks": {"polyp": "{id}_mask.png"}},
+    "arrays": {"images": "{id}/images.npy", "masks": "{id}/masks.npy", "channels": ("polyp",)},
+    "rle_csv": {"runs": "absolute", "label": "polyp"},
+}
+
+
 def open_source(name, folder):
-    options = {"rule": SliceRule(planes=("axial",), step_mm=30)} if name in ("nifti", "dicom") else {}
-    return LAYOUTS[name][0](folder, dataset="d", modality="ct", **options)
+    return LAYOUTS[name][0](folder, dataset="d", modality="ct", **OPTIONS.get(name, {}))
 
 
 def read_all(source) -> tuple[set[str], list[str]]:
@@ -228,7 +261,7 @@ def test_litter_changes_nothing(folders, expected, name):
         for path in litter:
             path.write_bytes(b"\0\1 litter")
         littered = open_source(name, folders[name])
-        assert LAYOUTS[name][0].matches(folders[name])
+        assert LAYOUTS[name][0].matches(folders[name]) or name in ("paired_masks", "arrays")  # only options tell these
         assert read_all(littered) == (expected[0][name], [])
         assert littered.unused == source.unused
     finally:

@@ -84,7 +84,7 @@ def test_sentences_of_an_image_share_its_regions(tmp_path):
         Expression("Edema on the left", (2,)),
     )
     assert example.caption == "Small left apical pneumothorax Mild edema, bilateral Edema on the left"
-    assert (example.image_id, example.patient_id) == ("a1-b2", hash_patient("10000032"))
+    assert (example.image_id, example.patient_id) == ("a1-b2", hash_patient("10000032", "cxr"))
     assert (example.modality, example.absent) == ("xray", ())
 
 

@@ -161,7 +161,7 @@ def test_regions_are_what_the_taxonomy_says(modality):
         if region.label == "pigment_globule":  # of a kind of skin lesion
             assert region.parent in ("melanoma", "nevus")
         elif region.parent != entry.parent:  # then the parent is narrower: a side, a chamber
-            assert entry.parent in taxonomy.parents(region.parent)
+            assert entry.parent in taxonomy.ancestors(region.parent)
 
 
 @each_modality

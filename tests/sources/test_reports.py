@@ -41,7 +41,7 @@ def test_sentences_that_deny_or_call_normal_are_expressions_without_regions(tmp_
         Expression("No pneumothorax.", kind="negation"),
     )
     assert (example.caption, example.absent, example.regions) == (report, ("pneumothorax",), ())
-    assert (example.patient_id, example.modality) == (hash_patient("7"), "xray")
+    assert (example.patient_id, example.modality) == (hash_patient("7", "reports"), "xray")
 
 
 def test_named_finding_without_a_box_is_neither_region_nor_expression_nor_absent(tmp_path):

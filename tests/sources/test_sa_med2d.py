@@ -40,7 +40,13 @@ def test_names_give_modality_patient_and_class(tmp_path, where):
     ]
     assert int(coco_mask.area(example.regions[0].mask)) == 6
     assert (example.image_id, example.modality, example.dataset) == (IMAGE, "mri", "sa")
-    assert example.patient_id == hash_patient("BraTS2021/BraTS2021_00218")
+    assert example.patient_id == hash_patient("BraTS2021/BraTS2021_00218", "sa")
+
+
+@pytest.mark.parametrize("number", ["0003", "3", 3])
+def test_class_ids_are_numbers_however_they_are_written(tmp_path, number):
+    (example,) = read(write_sa_med2d(tmp_path, classes={"BraTS2021": {"spleen": "0030", "liver": number}}))
+    assert {region.label for region in example.regions} == {"liver"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +108,7 @@ def test_demo(shared_dir, name):
     assert labels["aorta"] == 3 and labels["liver"] == labels["inferior_vena_cava"] == 2
     lobe = next(r for r in source[1].regions if r.phrase == "right middle lobe")
     assert (lobe.label, lobe.parent) == ("right_middle_lobe", "right_lung")
-    assert [source[i].patient_id for i in (0, 1)] == [hash_patient("amos_0006"), hash_patient("s0114")]
+    assert [source[i].patient_id for i in (0, 1)] == [hash_patient("amos_0006", "sa"), hash_patient("s0114", "sa")]
     assert [path.rsplit("/", 1)[1] for path in source.unused] == ["amos_0507_31.png"]
 
 

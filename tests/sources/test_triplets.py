@@ -37,8 +37,8 @@ def test_description_grounds_as_a_whole_to_its_region(tmp_path, name):
     (example,) = read(write_triplets(tmp_path, *records, name=name))
     assert [(r.label, r.box.tolist()) for r in example.regions] == [("liver_tumor", [4, 5, 20, 15])]
     assert example.expressions == (Expression(TEXT, (0,)),)
-    assert (example.caption, example.modality, example.patient_id) == (TEXT, "mri", hash_patient("7"))
-    assert detect_source(tmp_path) == "triplets"
+    assert (example.caption, example.modality, example.patient_id) == (TEXT, "mri", hash_patient("7", "triplets"))
+    assert detect_source(tmp_path) == detect_source(tmp_path / name) == "triplets"
 
 
 @settings(max_examples=15)
