@@ -74,8 +74,9 @@ def test_types_that_need_unpickling_are_counted_and_left_out(tmp_path):
     source = read(tmp_path)
     assert [example.caption for example in source] == ["", ""]
     assert list(source.notes.values()) == [1]
-    write_arrays(tmp_path, types=["one"])
-    assert list(read(tmp_path).notes.values()) == [1]
+    for types in (["one"], [1.0, 2.0]):
+        write_arrays(tmp_path, types=types)
+        assert list(read(tmp_path).notes.values()) == [1]
     assert not read(write_arrays(tmp_path)).notes
 
 
@@ -103,7 +104,7 @@ def test_missing_types_and_no_types(tmp_path):
         ({"images": IMAGES / 255}, r"images\.npy, image 0: its values go from 0 to 1, expected 0 to 255"),
         ({"images": IMAGES + 1}, "expected 0 to 255"),
         ({"images": IMAGES * np.nan}, "its values go from nan to nan"),
-        ({"masks": MASKS * np.inf}, r"masks\.npy, image 0: channel 0 \(Neoplastic cells\) holds inf"),
+        ({"masks": np.where(MASKS, np.inf, 0)}, r"masks\.npy, image 0: channel 0 \(Neoplastic cells\) holds inf"),
     ],
 )
 def test_arrays_that_do_not_fit_are_errors_that_name_file_and_image(tmp_path, change, message):

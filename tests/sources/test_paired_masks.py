@@ -103,6 +103,8 @@ def test_class_is_in_the_name_of_the_mask_or_of_the_image(tmp_path):
     options = {"images": "{class}/{id}.png", "masks": "{class}/{id}_mask.png"}
     assert [example.regions[0].label for example in read(tmp_path, **options)] == ["liver", "spleen"]
     assert [example.image_id for example in read(tmp_path, **options)] == ["liver/a", "spleen/b"]
+    options["masks"] = "*/{id}_mask.png"
+    assert [example.regions[0].label for example in read(tmp_path, **options)] == ["liver", "spleen"]
     options = {"images": "*/{id:?}.png", "masks": "{class}/{id}_*.png"}
     assert [example.regions[0].label for example in read(tmp_path, **options)] == ["liver", "spleen"]
 

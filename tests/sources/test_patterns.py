@@ -35,6 +35,7 @@ def pairs_of(folder, images, *annotations):
         ("{id}.png", "a/b.png", None),
         ("{id}.png", ".png", None),
         ("*/{id}.png", "a/b.png", {"id": "b"}),
+        ("*/{id}.png", "a/c/b.png", None),
         ("**/{id}.png", "b.png", {"id": "b"}),
         ("**/{id}.png", "a/c/b.png", {"id": "b"}),
         ("{id}.p?g", "b.png", {"id": "b"}),
