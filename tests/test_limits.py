@@ -91,7 +91,9 @@ def test_other_formats_are_not_tried_whatever_the_file_is_called(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.ppm")
     for content in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", (tmp_path / "a.ppm").read_bytes(), b""):
         (tmp_path / "a.png").write_bytes(content)
-        with pytest.raises(SourceError, match=r"a.png: the image cannot be decoded .*no JPEG, PNG, BMP, TIFF, GIF or WebP"):
+        with pytest.raises(
+            SourceError, match=r"a.png: the image cannot be decoded .*no JPEG, PNG, BMP, TIFF, GIF or WebP"
+        ):
             store_image(tmp_path / "a.png")
 
 
