@@ -123,19 +123,26 @@ def get_config() -> ConfigDict:
     config.schedule.step_points = (0.67, 0.89)  # fractions of the run
     config.schedule.step_factor = 0.1  # see step_points
 
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # batch axis; one axis may be -1: all remaining devices
-    config.mesh.fsdp = 1  # batch axis that also shards parameters
-    config.mesh.tensor = 1  # shards heads and hidden widths
-    # First pattern (re.search on the parameter's path) wins; the spec names a mesh axis, or None, for each dimension.
-    config.sharding_rules = (
-        (
-            r"(^|/)(query|key|value|qkv|intermediate|fc1|v_proj|l_proj|values_v_proj|values_l_proj)/kernel",
-            ("fsdp", "tensor"),
-        ),
-        (r"(^|/)(attention_output|proj|output|fc2|out_v_proj|out_l_proj)/kernel", ("tensor", "fsdp")),
-        (r"word_embeddings/embedding", ("tensor", "fsdp")),
-        (r".*", ()),
+    config.mesh = ConfigDict()  # devices along each axis; one axis may be -1: all remaining devices
+    config.mesh.replica = 1  # batch axis between slices, whose network is slow; see docs/pods.md
+    config.mesh.data = -1  # batch axis
+    config.mesh.fsdp = 1  # batch axis that also splits parameters
+    config.mesh.sequence = 1  # splits the rows of an image's maps; stays in a process
+    config.mesh.tensor = 1  # splits heads and hidden widths; stays in a process
+    config.sharding = "fsdp_tp"  # how parameters lie on the mesh: ddp, fsdp, hsdp or fsdp_tp
+    # Own rules, which go before those of the preset. First pattern (re.search on the parameter's path) wins; the spec
+    # names a mesh axis, a tuple of axes, or None, for each dimension: ((r"tower_\d+/dyconv/same/kernel", ("fsdp",)),)
+    config.sharding_rules = ()
+    # Mesh axes over which each named dimension of the activations is split (medglip_jax/parallel/activations.py).
+    config.activation_rules = (
+        ("batch", ("replica", "data", "fsdp")),
+        ("height", ("sequence",)),  # rows of a map
+        ("width", ()),
+        ("pixels", ("sequence",)),  # of all pyramid levels together
+        ("tokens", ()),
+        ("channels", ()),  # of the residual streams
+        ("heads", ("tensor",)),
+        ("hidden", ("tensor",)),  # inside an MLP
     )
 
     config.training = ConfigDict()

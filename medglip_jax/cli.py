@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": ("medglip_jax.predict", "find phrases in images and draw the boxes"),
     "export": ("medglip_jax.export", "write a checkpoint for PyTorch"),
     "import": ("medglip_jax.import_weights", "read a GLIP checkpoint of mmdetection or Microsoft"),
+    "sharding": ("medglip_jax.sharding", "where each parameter lies on a mesh, and its bytes a device"),
     "demo": ("medglip_jax.demo", "all of these in a few minutes, on phantoms or on your images"),
 }
 

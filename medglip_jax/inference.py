@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
 from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.parallel.activations import activations_on
+from medglip_jax.parallel.mesh import BATCH_AXES
 from medglip_jax.parallel.rules import path_name
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 Detector = Callable[..., dict[str, jax.Array]]
 
 _LENGTHS = (64, 128, 256)  # tokens of the prompt buckets
-_BATCH_AXES = PartitionSpec(("data", "fsdp"))
+_BATCH = PartitionSpec(BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +83,8 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
     Args:
         model: the detector.
-        config: a recipe; reads `data.canvas` and `detection`.
-        mesh: splits the batch over the axes data and fsdp; None runs on one device.
+        config: a recipe; reads `data.canvas`, `detection` and `activation_rules`.
+        mesh: from `make_mesh`; None runs on one device.
 
     Returns:
         detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
@@ -98,7 +100,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
         return detect(outputs, image_size, phrase_map, phrase_valid, config.detection, canvas=(height, width))
 
     if mesh is not None:  # images do not depend on each other, which XLA does not see through top_k
-        find = jax.shard_map(find, mesh=mesh, in_specs=_BATCH_AXES, out_specs=_BATCH_AXES)
+        find = jax.shard_map(find, mesh=mesh, in_specs=_BATCH, out_specs=_BATCH)
 
     @jax.jit
     def detector(
@@ -113,10 +115,13 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
     ) -> dict[str, jax.Array]:
         def spread(x: jax.Array) -> jax.Array:
             x = jnp.broadcast_to(x, (image.shape[0], *x.shape[1:]))
-            return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _BATCH_AXES))
+            return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _BATCH))
 
         pixels = normalize_pixels(image, image_size)
-        outputs: Any = model.apply({"params": params}, pixels, spread(input_ids), spread(attention_mask), train=False)
+        with activations_on(mesh, config.activation_rules):
+            outputs: Any = model.apply(
+                {"params": params}, pixels, spread(input_ids), spread(attention_mask), train=False
+            )
         return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
 
     return detector

@@ -17,6 +17,7 @@ from medglip_jax.inference import check_parameters, flat_shapes, parameter_shape
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import is_folder, read_folder
 from medglip_jax.model.detector import GLIP
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
 from medglip_jax.training.checkpoint import TOKENIZER, load_params, locate
 from medglip_jax.training.state import TrainState
@@ -57,7 +58,7 @@ def load_model(
     if mesh is None:
         params = jax.device_put(params)
     elif is_folder(path):
-        params = jax.tree.map(place, params, shardings(match_rules(config.sharding_rules, params, mesh), mesh))
+        params = jax.tree.map(place, params, shardings(match_rules(resolve_rules(config), params, mesh), mesh))
     return model, params, config, tokenizer_of(path, config)
 
 

@@ -39,7 +39,14 @@ from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
-from medglip_jax.parallel.mesh import batch_parts, batch_sharding, initialize_distributed, make_mesh, to_global
+from medglip_jax.parallel.mesh import (
+    batch_parts,
+    batch_sharding,
+    describe_parts,
+    initialize_distributed,
+    make_mesh,
+    to_global,
+)
 from medglip_jax.pretrained import pretrained_parameters, start_from
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
 from medglip_jax.training.logging import MetricsLog, ProgressBar
@@ -57,8 +64,8 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
     data, bert, parts = config.data, config.model.bert, batch_parts(mesh)
     if data.batch_size % parts or data.batch_size % jax.process_count():
         raise ValueError(
-            f"config.data.batch_size is {data.batch_size}: it must be a multiple of {parts}, the mesh axes data times "
-            f"fsdp, and of the {jax.process_count()} processes"
+            f"config.data.batch_size is {data.batch_size}: it must be a multiple of {parts}, the mesh axes "
+            f"{describe_parts(mesh)}, and of the {jax.process_count()} processes"
         )
     if tokenizer.vocab_size > bert.vocab_size:
         raise ValueError(
@@ -187,7 +194,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             tokenizer.save(workdir / TOKENIZER)
 
         step_fn = jax.jit(
-            make_train_step(model, config, optimizer),
+            make_train_step(model, config, optimizer, mesh),
             in_shardings=(placed, batch_sharding(mesh)),
             out_shardings=(placed, None),
             donate_argnums=0,

@@ -11,7 +11,7 @@ def test_json_round_trip_keeps_tuples_and_types(tmp_path):
     save_config(config, tmp_path / "config.json")
     again = load_config(tmp_path)
     assert again.to_dict() == config.to_dict() == get_config().to_dict()
-    assert again.data.canvas == (800, 1344) and again.sharding_rules[0][1] == ("fsdp", "tensor")
+    assert again.data.canvas == (800, 1344) and again.activation_rules[0] == ("batch", ("replica", "data", "fsdp"))
     assert type(again.detection.anchor_scale) is float
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType
 
 from medglip_jax.inference import (
     check_parameters,
@@ -20,6 +19,7 @@ from medglip_jax.inference import (
     to_original,
 )
 from medglip_jax.model.detector import GLIP
+from medglip_jax.parallel.mesh import make_mesh
 
 
 def prompt(rng, phrases, max_tokens, tokens_each=3):
@@ -132,7 +132,7 @@ def test_boxes_stay_inside_the_padded_image(detected):
 def test_a_mesh_changes_no_detection(model_and_params, detected):
     model, params, config = model_and_params
     images, words, _, alone = detected
-    mesh = jax.make_mesh((4, 2, 1), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    mesh = make_mesh({"data": 4, "fsdp": 2})
     spread = make_detector(model, config, mesh)(params, **images, **words)
     np.testing.assert_allclose(spread["scores"], alone["scores"], atol=1e-5)
     np.testing.assert_allclose(spread["boxes"], alone["boxes"], atol=1e-2)

@@ -22,7 +22,7 @@ from data_pipelines.transforms import decode_image
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
 from medglip_jax.inference import Detections, Detector, make_detector, merge, stack_prompts
-from medglip_jax.parallel.mesh import batch_parts, to_global
+from medglip_jax.parallel.mesh import batch_parts, describe_parts, to_global
 
 _HOST_KEYS = ("index", "valid", "scale", "original_size")
 _SHEET_SCORE = 0.3  # least score of a box on the contact sheet
@@ -39,7 +39,7 @@ def local_batch_size(config: ConfigDict, mesh: Mesh) -> int:
     if config.data.eval_batch_size % parts:
         raise ValueError(
             f"config.data.eval_batch_size is {config.data.eval_batch_size}: it must be a multiple of {parts}, "
-            "the mesh axes data times fsdp"
+            f"the mesh axes {describe_parts(mesh)}"
         )
     return config.data.eval_batch_size // jax.process_count()
 
@@ -98,7 +98,7 @@ def detect_records(
         model, params: the detector and its parameters, on the mesh.
         config: a recipe; reads `data` and `detection`.
         records_path: DIR or DIR:SPLIT.
-        mesh: with the axes data, fsdp and tensor.
+        mesh: from `make_mesh`.
         tokenizer: of the checkpoint.
         phrases: what to ask for.
         detector: of the model, from `make_detector`; None makes one, and compiles it.
@@ -154,7 +154,7 @@ def evaluate_records(
         model, params: the detector and its parameters, on the mesh.
         config: a recipe; reads `data` and `detection`.
         records_path: DIR or DIR:SPLIT.
-        mesh: with the axes data, fsdp and tensor.
+        mesh: from `make_mesh`.
         tokenizer: of the checkpoint; None loads `data.tokenizer`.
         sheet: image file for a contact sheet of predicted and true boxes; None draws none.
         sheet_images: images on it, spread evenly over the records.

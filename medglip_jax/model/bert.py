@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Dense, gelu, layer_norm, torch_bias_init, torch_kernel_init
+from medglip_jax.parallel.activations import TEXT, constrain
 
 Array = jax.Array
 
@@ -41,7 +42,8 @@ class BertLayer(nn.Module):
             return jnp.clip(y, -_LIMIT, _LIMIT) if self.in_tower else y
 
         def heads(name: str) -> Array:
-            return dense(name, config.hidden_size, config.hidden_size)(x).reshape(*x.shape[:2], -1, head_size)
+            y = dense(name, config.hidden_size, config.hidden_size)(x).reshape(*x.shape[:2], -1, head_size)
+            return constrain(y, "batch", "tokens", "heads", None)
 
         logits = jnp.einsum("bqhd,bkhd->bhqk", heads("query"), heads("key")) * head_size**-0.5
         logits = clamp(logits.astype(jnp.promote_types(self.dtype, jnp.float32)))
@@ -49,11 +51,22 @@ class BertLayer(nn.Module):
         weights = dropout(nn.softmax(logits).astype(self.dtype))
         y = jnp.einsum("bhqk,bkhd->bqhd", weights, heads("value")).reshape(x.shape)
         y = dropout(dense("attention_output", config.hidden_size, config.hidden_size)(y))
-        x = layer_norm("attention_norm", _EPSILON, self.dtype)(x + y)
+        x = constrain(layer_norm("attention_norm", _EPSILON, self.dtype)(x + y), *TEXT)
 
-        y = clamp(gelu(clamp(dense("intermediate", config.intermediate_size, config.hidden_size)(x))))
+        y = dense("intermediate", config.intermediate_size, config.hidden_size)(x)
+        y = clamp(gelu(clamp(constrain(y, "batch", "tokens", "hidden"))))
         y = clamp(dropout(dense("output", config.hidden_size, config.intermediate_size)(y)))
-        return clamp(layer_norm("output_norm", _EPSILON, self.dtype)(x + y))
+        return clamp(constrain(layer_norm("output_norm", _EPSILON, self.dtype)(x + y), *TEXT))
+
+
+class Table(nn.Embed):
+    """`nn.Embed` that brings the whole table to a device before it reads rows.
+
+    Where the table is split by columns, XLA would bring the whole batch of rows to every device instead.
+    """
+
+    def __call__(self, inputs: Array) -> Array:
+        return jnp.take(constrain(self.embedding.astype(self.dtype), None, None), inputs, axis=0)
 
 
 class Bert(nn.Module):
@@ -71,13 +84,13 @@ class Bert(nn.Module):
                 f"prompt of {input_ids.shape[1]} tokens, but config.model.bert.max_positions is {config.max_positions}"
             )
 
-        def table(name: str, rows: int) -> nn.Embed:
-            return nn.Embed(rows, config.hidden_size, embedding_init=_init, dtype=self.dtype, name=name)
+        def table(name: str, rows: int) -> Table:
+            return Table(rows, config.hidden_size, embedding_init=_init, dtype=self.dtype, name=name)
 
         x = table("word_embeddings", config.vocab_size)(input_ids)
         x += table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1]))
         x += table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32))
-        x = layer_norm("embeddings_norm", _EPSILON, self.dtype)(x)
+        x = constrain(layer_norm("embeddings_norm", _EPSILON, self.dtype)(x), *TEXT)
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
         layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
         for i in range(config.num_layers):

@@ -13,6 +13,7 @@ from medglip_jax.model.fpn import FPN
 from medglip_jax.model.fusion import VLFuse
 from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
 from medglip_jax.model.swin import Swin
+from medglip_jax.parallel.activations import PIXELS, TEXT, WHOLE_MAP, WHOLE_PIXELS, constrain
 
 Array = jax.Array
 
@@ -22,13 +23,15 @@ _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.floa
 
 def flatten_levels(levels: tuple[Array, ...]) -> Array:
     """Joins [B, h, w, C] of all levels to [B, N, C], finest level first, row by row."""
-    return jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in levels], axis=1)
+    rows = [constrain(x, *WHOLE_MAP).reshape(x.shape[0], -1, x.shape[-1]) for x in levels]
+    return constrain(constrain(jnp.concatenate(rows, axis=1), *WHOLE_PIXELS), *PIXELS)
 
 
 def unflatten_levels(x: Array, like: tuple[Array, ...]) -> tuple[Array, ...]:
     """The inverse of `flatten_levels`, with the level sizes of `like`."""
     ends = [sum(y.shape[1] * y.shape[2] for y in like[: i + 1]) for i in range(len(like) - 1)]
-    return tuple(part.reshape(y.shape) for part, y in zip(jnp.split(x, ends, axis=1), like, strict=True))
+    parts = jnp.split(constrain(x, *WHOLE_PIXELS), ends, axis=1)
+    return tuple(constrain(part.reshape(y.shape), *WHOLE_MAP) for part, y in zip(parts, like, strict=True))
 
 
 class TowerBlock(nn.Module):
@@ -71,9 +74,9 @@ class Head(nn.Module):
         ]
         centerness = Dense(1, kernel_init=small, dtype=self.dtype, name="centerness")(pixels)
 
-        text = text.astype(compute)
+        text = constrain(text.astype(compute), *TEXT)
         embedding = text / jnp.maximum(jnp.linalg.norm(text, axis=-1, keepdims=True), 1e-12)  # [B, L, D]
-        tokens = Dense(
+        tokens = Dense(  # [B, L, C]
             channels,
             kernel_init=torch_kernel_init,
             bias_init=torch_bias_init(hidden),
@@ -85,7 +88,7 @@ class Head(nn.Module):
         bias = embedding @ self.param("bias_lang", nn.initializers.zeros, (hidden,))
         bias += self.param("bias0", nn.initializers.constant(prior), (1,))  # [B, L]
         logits = jnp.einsum("bnc,blc->bnl", pixels, tokens, preferred_element_type=compute)
-        logits = logits / jnp.exp(log_scale) + bias[:, None]
+        logits = constrain(logits / jnp.exp(log_scale) + bias[:, None], "batch", "pixels", "tokens")
         return {
             "token_logits": jnp.clip(logits, -_LIMIT, _LIMIT),
             "box_deltas": flatten_levels(tuple(scaled)),

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Dense, hard_sigmoid, torch_bias_init, torch_kernel_init
 from medglip_jax.ops.deform_conv import Reading, deform_convs
+from medglip_jax.parallel.activations import WHOLE_MAP, constrain
 
 Array = jax.Array
 
@@ -105,6 +106,7 @@ class DyConv(nn.Module):
         position_dtype = jnp.promote_types(self.dtype, jnp.float32)
 
         readings: dict[str, list[Reading]] = {"coarser": [], "same": [], "finer": []}
+        levels = tuple(constrain(x, *WHOLE_MAP) for x in levels)
         for i, x in enumerate(levels):
             maps = offset_conv(x).astype(position_dtype)
             offsets, mask = maps[..., :18], nn.sigmoid(maps[..., 18:])
@@ -126,5 +128,5 @@ class DyConv(nn.Module):
             if i + 1 < len(levels):
                 inputs.append(resize_align_corners(convs["coarser"](convolved["coarser"][i]), *x.shape[1:3]))
             weighted = [y * hard_sigmoid(nn.relu(attention(y.mean(axis=(1, 2)))))[:, None, None] for y in inputs]
-            outputs.append(activation(sum(weighted[1:], weighted[0]) / len(weighted)))
+            outputs.append(constrain(activation(sum(weighted[1:], weighted[0]) / len(weighted)), *WHOLE_MAP))
         return tuple(outputs)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from medglip_jax.parallel.activations import WHOLE_MAP, constrain
+
 Array = jax.Array
 
 _init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # Kaiming uniform with a = 1
@@ -47,7 +49,7 @@ class FPN(nn.Module):
             padding = kernel // 2
             return nn.Conv(channels, (kernel, kernel), stride, padding, kernel_init=_init, dtype=self.dtype, name=name)
 
-        merged = [conv(f"lateral_{i}", 1)(x) for i, x in enumerate(features)]
+        merged = [conv(f"lateral_{i}", 1)(constrain(x, *WHOLE_MAP)) for i, x in enumerate(features)]
         for i in reversed(range(len(merged) - 1)):
             merged[i] += resize_nearest(merged[i + 1], *merged[i].shape[1:3])
         for i in range(len(merged) - 1):
@@ -55,4 +57,4 @@ class FPN(nn.Module):
         levels = [conv(f"output_{i}", 3)(x) for i, x in enumerate(merged)]
         levels.append(conv(f"output_{len(levels)}", 3, 2)(levels[-1]))
         levels.append(conv(f"output_{len(levels)}", 3, 2)(nn.relu(levels[-1])))
-        return tuple(levels)
+        return tuple(constrain(x, *WHOLE_MAP) for x in levels)

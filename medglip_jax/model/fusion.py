@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Dense, layer_norm
+from medglip_jax.parallel.activations import PIXELS, TEXT, constrain
 
 Array = jax.Array
 
@@ -44,10 +45,11 @@ class VLFuse(nn.Module):
             return Dense(features, kernel_init=_init, dtype=self.dtype, name=name)
 
         def split(name: str, x: Array) -> Array:
-            return dense(name, config.fusion_dim)(x).reshape(*x.shape[:2], heads, head_size)
+            y = dense(name, config.fusion_dim)(x).reshape(*x.shape[:2], heads, head_size)
+            return constrain(y, "batch", "tokens" if x is text else "pixels", "heads", None)
 
-        visual = layer_norm("layer_norm_v", 1e-5, self.dtype)(visual)
-        text = layer_norm("layer_norm_l", 1e-5, self.dtype)(text)
+        visual = constrain(layer_norm("layer_norm_v", 1e-5, self.dtype)(visual), *PIXELS)
+        text = constrain(layer_norm("layer_norm_l", 1e-5, self.dtype)(text), *TEXT)
         logits = jnp.einsum("bnhd,blhd->bhnl", split("v_proj", visual) * head_size**-0.5, split("l_proj", text))
         logits = jnp.clip(logits.astype(jnp.promote_types(self.dtype, jnp.float32)), -_LIMIT, _LIMIT)
 
@@ -64,4 +66,5 @@ class VLFuse(nn.Module):
         scale = nn.initializers.constant(1 / config.num_blocks)
         gamma_v = self.param("gamma_v", scale, (visual.shape[-1],)).astype(self.dtype)
         gamma_l = self.param("gamma_l", scale, (text.shape[-1],)).astype(self.dtype)
-        return visual + gamma_v * visual_update, text + gamma_l * text_update
+        visual = constrain(visual + gamma_v * visual_update, *PIXELS)
+        return visual, constrain(text + gamma_l * text_update, *TEXT)

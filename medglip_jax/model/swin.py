@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Dense, DropPath, gelu, layer_norm
+from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
 
 Array = jax.Array
 
@@ -77,7 +78,9 @@ class WindowAttention(nn.Module):
         x = partition_windows(x, window)  # [B, N, T, C]
 
         qkv = Dense(3 * c, kernel_init=_init, dtype=self.dtype, name="qkv")(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:-1], 3, heads, c // heads), -3, 0)  # [B, N, T, h, d]
+        qkv = qkv.reshape(*qkv.shape[:-1], 3, heads, c // heads)
+        qkv = constrain(qkv, "batch", "height", None, None, "heads", None)  # windows go row by row
+        query, key, value = jnp.moveaxis(qkv, -3, 0)  # [B, N, T, h, d]
         logits = jnp.einsum("bnqhd,bnkhd->bnhqk", query * (c // heads) ** -0.5, key).astype(
             jnp.promote_types(self.dtype, jnp.float32)
         )
@@ -113,8 +116,9 @@ class SwinBlock(nn.Module):
         x = x + DropPath(self.drop_path)(y, train)
         y = layer_norm("norm2", _EPSILON, self.dtype)(x)
         y = Dense(self.mlp_ratio * c, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
+        y = constrain(y, "batch", "height", "width", "hidden")
         y = Dense(c, kernel_init=_init, dtype=self.dtype, name="fc2")(gelu(y))
-        return x + DropPath(self.drop_path)(y, train)
+        return constrain(x + DropPath(self.drop_path)(y, train), *MAP)
 
 
 class PatchMerging(nn.Module):
@@ -144,6 +148,7 @@ class PatchEmbed(nn.Module):
         x = nn.Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(
             jnp.pad(pixels, padding)
         )
+        x = constrain(constrain(x, *WHOLE_MAP), *MAP)
         return layer_norm("norm", _EPSILON, self.dtype)(x)
 
 
@@ -175,5 +180,5 @@ class Swin(nn.Module):
             if stage > 0:
                 features.append(layer_norm(f"norm_{stage}", _EPSILON, self.dtype)(x))
             if stage + 1 < len(config.depths):
-                x = PatchMerging(self.dtype, name=f"stage_{stage}_downsample")(x)
+                x = constrain(PatchMerging(self.dtype, name=f"stage_{stage}_downsample")(x), *MAP)
         return tuple(features)

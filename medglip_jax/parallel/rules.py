@@ -1,20 +1,37 @@
 """Sharding by rules: the path of a parameter says over which mesh axes its dimensions are split."""
 
+import dataclasses
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
 # (pattern, spec): the spec has a mesh axis, a tuple of axes, or None for each leading dimension.
 Rules = Sequence[tuple[str, Sequence[Any]]]
+AnyMesh = Mesh | AbstractMesh
 
 _LISTED = 8  # parameters that a report names
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a parameter lies, and why.
+
+    Attributes:
+        spec: mesh axes of each dimension. Axes of size 1 are left out, for they split nothing.
+        pattern: of the rule that decided it.
+        lost: what the rule asked for and the shape does not allow, a phrase for each dimension.
+    """
+
+    spec: PartitionSpec
+    pattern: str
+    lost: tuple[str, ...] = ()
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -22,56 +39,94 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _fit(spec: Sequence[Any], name: str, shape: tuple[int, ...], mesh: Mesh, dropped: list[str]) -> PartitionSpec:
-    """Returns the spec with what does not fit the shape left out; adds a line to `dropped` for each loss."""
+def _axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _fit(pattern: str, spec: Sequence[Any], name: str, shape: tuple[int, ...], mesh: AnyMesh) -> Placement:
+    """Returns what of a rule fits the shape."""
+    named = [axis for entry in spec for axis in _axes(entry)]
+    for axis in named:
+        if axis not in mesh.shape:
+            raise ValueError(f"config.sharding_rules shards {name} over {axis!r}: the mesh has {', '.join(mesh.shape)}")
+        if named.count(axis) > 1:
+            raise ValueError(f"config.sharding_rules: the rule {pattern!r} names the mesh axis {axis!r} twice")
     kept: list[Any] = []
+    lost: list[str] = []
     for dimension, entry in enumerate(spec):
-        axes = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        unknown = [axis for axis in axes if axis not in mesh.shape]
-        if unknown:
-            raise ValueError(
-                f"config.sharding_rules shards {name} over {unknown[0]!r}: the mesh has {', '.join(mesh.shape)}"
-            )
-        parts = int(np.prod([mesh.shape[axis] for axis in axes]))
+        axes = tuple(axis for axis in _axes(entry) if mesh.shape[axis] > 1)
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        product = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
         if dimension >= len(shape):
-            if parts > 1:
-                dropped.append(f"{name} {shape}: no dimension {dimension} for {entry!r}")
+            if axes:
+                lost.append(f"no dimension {dimension} for {product}")
         elif shape[dimension] % parts:
-            dropped.append(f"{name} {shape}: dimension {dimension} is no multiple of {entry!r} ({parts})")
+            lost.append(f"dimension {dimension} ({shape[dimension]}) is no multiple of {product}")
             kept.append(None)
         else:
-            kept.append(entry if isinstance(entry, str) or not axes else axes)
+            kept.append(None if not axes else axes[0] if len(axes) == 1 else axes)
     while kept and kept[-1] is None:
         kept.pop()
-    return PartitionSpec(*kept)
+    return Placement(PartitionSpec(*kept), pattern, tuple(lost))
 
 
-def match_rules(rules: Rules, tree: Any, mesh: Mesh) -> Any:
-    """Finds the sharding of every parameter.
+def find_placements(rules: Rules, tree: Any, mesh: AnyMesh) -> dict[str, Placement]:
+    """Finds the rule of every parameter, and what of it fits; says nothing.
 
     Args:
         rules: (pattern, spec) pairs; the first whose pattern `re.search` finds in the path "a/b/c" wins.
         tree: parameters, or their shapes (anything with `.shape`).
-        mesh: its axes are what specs name.
+        mesh: its axes are what specs name; an AbstractMesh will do.
+
+    Returns:
+        Path to placement, in the order of the tree's leaves.
+
+    Raises:
+        ValueError: parameters that no rule matches, or a rule that is no regular expression or names an axis twice or
+            one that the mesh does not have.
+    """
+    compiled = []
+    for pattern, spec in rules:
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as error:
+            raise ValueError(f"config.sharding_rules: {pattern!r} is no regular expression: {error}") from error
+    found: dict[str, Placement] = {}
+    unmatched: list[str] = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name, shape = path_name(path), tuple(leaf.shape)
+        for pattern, spec in compiled:
+            if pattern.search(name):
+                found[name] = _fit(pattern.pattern, spec, name, shape, mesh)
+                break
+        else:
+            unmatched.append(f"{name} {shape}")
+    if unmatched:
+        raise ValueError(
+            f"config.sharding_rules: no pattern matches {_shorten(unmatched)}\n"
+            "add rules for them; (pattern, ()) copies a parameter to every device"
+        )
+    return found
+
+
+def match_rules(rules: Rules, tree: Any, mesh: AnyMesh) -> Any:
+    """Finds the sharding of every parameter.
+
+    Args:
+        rules, tree, mesh: see `find_placements`.
 
     Returns:
         A tree like `tree` of PartitionSpec. Where a spec has more entries than the array has dimensions, or a dimension
         is no multiple of its mesh axes, that entry is left out; one logged warning lists all of them.
 
     Raises:
-        ValueError: a parameter that no rule matches, or a rule that names an axis that the mesh does not have.
+        ValueError: see `find_placements`.
     """
-    dropped: list[str] = []
-
-    def spec_of(path: Sequence[Any], leaf: Any) -> PartitionSpec:
-        name = path_name(path)
-        for pattern, spec in rules:
-            if re.search(pattern, name):
-                return _fit(spec, name, tuple(leaf.shape), mesh, dropped)
-        raise ValueError(f"config.sharding_rules: no pattern matches {name}; end the rules with (r'.*', ()) to copy it")
-
-    specs = jax.tree_util.tree_map_with_path(spec_of, tree)
-    _report("sharding rules do not fit everywhere; these dimensions are not split", dropped)
+    found = find_placements(rules, tree, mesh)
+    specs = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)].spec, tree)
+    shapes = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    lost = [f"{name} {shapes[name]}: {reason}" for name, place in found.items() for reason in place.lost]
+    _report("sharding rules do not fit everywhere; these dimensions are not split", lost)
     return specs
 
 
@@ -111,7 +166,7 @@ def follow_parameters(tree: Any, params: Any, specs: Any) -> Any:
     return result
 
 
-def shardings(specs: Any, mesh: Mesh) -> Any:
+def shardings(specs: Any, mesh: AnyMesh) -> Any:
     """Puts a tree of PartitionSpec on a mesh: the same tree of NamedSharding."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
@@ -120,7 +175,11 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
+def _shorten(lines: list[str]) -> str:
+    more = f"\n  and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
+    return "\n  ".join(lines[:_LISTED]) + more
+
+
 def _report(message: str, lines: list[str]) -> None:
     if lines:
-        more = f"\n  and {len(lines) - _LISTED} more" if len(lines) > _LISTED else ""
-        logger.warning("%s:\n  %s%s", message, "\n  ".join(lines[:_LISTED]), more)
+        logger.warning("%s:\n  %s", message, _shorten(lines))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.configuration import CONFIG_FILE, load_config
 from medglip_jax.errors import list_mismatches
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, path_name, shardings
 from medglip_jax.training.state import TrainState
 
@@ -200,7 +201,7 @@ def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None =
     if mesh is None:
         arguments = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     else:
-        placed = shardings(match_rules(config.sharding_rules, shapes, mesh), mesh)
+        placed = shardings(match_rules(resolve_rules(config), shapes, mesh), mesh)
         arguments = jax.tree.map(lambda x, s: ocp.ArrayRestoreArgs(sharding=s), shapes, placed)
     restored = reader.restore(
         folder,

@@ -10,7 +10,8 @@ from flax.linen import Module
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from medglip_jax.parallel.rules import Rules, follow_parameters, match_rules, shardings
+from medglip_jax.parallel.presets import resolve_rules
+from medglip_jax.parallel.rules import AnyMesh, Rules, follow_parameters, match_rules, shardings
 
 _DUMMY_SIDE = 64  # pixels; no parameter depends on the size of the image
 
@@ -33,23 +34,31 @@ class TrainState(flax.struct.PyTreeNode):
     rng: jax.Array
 
 
-def state_shardings(shapes: TrainState, rules: Rules, mesh: Mesh) -> TrainState:
-    """Returns the sharding of each array of a state: the optimizer's moments and the average lie with the parameters.
+def state_specs(shapes: TrainState, params: Any) -> TrainState:
+    """Returns how each array of a state is split: the optimizer's moments and the average as their parameters.
 
     Args:
         shapes: a state, or its shapes.
-        rules: see `match_rules`.
-        mesh: from `make_mesh`.
+        params: the parameters' tree of PartitionSpec, from `match_rules`.
     """
-    params = match_rules(rules, shapes.params, mesh)
-    specs = TrainState(
+    return TrainState(
         step=PartitionSpec(),  # pyright: ignore[reportArgumentType]
         params=params,
         opt_state=follow_parameters(shapes.opt_state, shapes.params, params),
         ema=None if shapes.ema is None else params,
         rng=PartitionSpec(),  # pyright: ignore[reportArgumentType]
     )
-    return shardings(specs, mesh)
+
+
+def state_shardings(shapes: TrainState, rules: Rules, mesh: AnyMesh) -> TrainState:
+    """Returns the sharding of each array of a state; see `state_specs`.
+
+    Args:
+        shapes: a state, or its shapes.
+        rules: see `match_rules`.
+        mesh: from `make_mesh`.
+    """
+    return shardings(state_specs(shapes, match_rules(rules, shapes.params, mesh)), mesh)
 
 
 def _initialize(
@@ -68,6 +77,13 @@ def _initialize(
     )
 
 
+def state_shapes(
+    model: Module, config: ConfigDict | FrozenConfigDict, optimizer: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
+    """Returns the shapes and types of the state that `create_state` would make; computes nothing."""
+    return jax.eval_shape(lambda key: _initialize(model, config, optimizer, key), rng)
+
+
 def abstract_state(
     model: Module,
     config: ConfigDict | FrozenConfigDict,
@@ -79,8 +95,8 @@ def abstract_state(
 
     It is what `Checkpoints.restore` restores into.
     """
-    shapes = jax.eval_shape(lambda key: _initialize(model, config, optimizer, key), rng)
-    placed = state_shardings(shapes, config.sharding_rules, mesh)
+    shapes = state_shapes(model, config, optimizer, rng)
+    placed = state_shardings(shapes, resolve_rules(config), mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed)
 
 
@@ -97,7 +113,7 @@ def create_state(
 
     Args:
         model: called as model.init(key, pixels float[1, H, W, 3], input_ids int32[1, L], attention_mask int32[1, L]).
-        config: a recipe; reads `data.max_tokens`, `optimizer.ema` and `sharding_rules`.
+        config: a recipe; reads `data.max_tokens`, `optimizer.ema`, `sharding` and `sharding_rules`.
         optimizer: from `make_optimizer`.
         rng: random key.
         mesh: from `make_mesh`.

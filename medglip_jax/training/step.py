@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.linen import Module
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import detection_losses
 from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.parallel.activations import activations_on
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -58,14 +60,18 @@ def ema_decay(step: jax.Array, decay: float) -> jax.Array:
 
 
 def make_train_step(
-    model: Module, config: ConfigDict | FrozenConfigDict, optimizer: optax.GradientTransformation
+    model: Module,
+    config: ConfigDict | FrozenConfigDict,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """Returns the function of one step, for the caller to jit with the shardings of `create_state`.
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `optimizer` and `schedule`.
+        config: a recipe; reads `detection`, `optimizer`, `schedule` and `activation_rules`.
         optimizer: from `make_optimizer`.
+        mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
@@ -80,14 +86,15 @@ def make_train_step(
         dropout = jax.random.fold_in(state.rng, state.step)
 
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
-            outputs: Any = model.apply(
-                {"params": params},
-                pixels,
-                batch["input_ids"],
-                batch["attention_mask"],
-                train=True,
-                rngs={"dropout": dropout},
-            )
+            with activations_on(mesh, config.activation_rules):
+                outputs: Any = model.apply(
+                    {"params": params},
+                    pixels,
+                    batch["input_ids"],
+                    batch["attention_mask"],
+                    train=True,
+                    rngs={"dropout": dropout},
+                )
             losses = detection_losses(outputs, batch, config.detection)
             return losses["loss"], losses
 

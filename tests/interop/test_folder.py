@@ -12,6 +12,7 @@ from medglip_jax.configuration import load_config
 from medglip_jax.interop import folder as folder_module
 from medglip_jax.interop.folder import INDEX_FILE, WEIGHTS_FILE, is_folder, read_folder, write_folder
 from medglip_jax.parallel.mesh import make_mesh
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
 
 
@@ -42,7 +43,7 @@ def test_sharded_parameters_give_the_same_file(write, params, tiny_params, tiny_
     config = tiny_config.copy_and_resolve_references()
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 4, 2
     mesh = make_mesh(config.mesh)
-    placed = jax.device_put(tiny_params, shardings(match_rules(config.sharding_rules, tiny_params, mesh), mesh))
+    placed = jax.device_put(tiny_params, shardings(match_rules(resolve_rules(config), tiny_params, mesh), mesh))
     assert any(not x.is_fully_replicated for x in jax.tree.leaves(placed))
     assert write(placed, "sharded").read_bytes() == write(params, "whole", consume=True).read_bytes()
     assert params == {}

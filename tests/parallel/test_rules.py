@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from configs.medglip_t import get_config
 from medglip_jax.parallel.mesh import make_mesh
-from medglip_jax.parallel.rules import follow_parameters, match_rules
+from medglip_jax.parallel.presets import PRESETS
+from medglip_jax.parallel.rules import find_placements, follow_parameters, match_rules
 
 RULES = ((r"query/kernel", ("fsdp", "tensor")), (r"kernel$", (None, ("fsdp", "tensor"))), (r".*", ()))
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return make_mesh(ConfigDict({"data": 2, "fsdp": 2, "tensor": 2}))
+    return make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
 
 
 def shape(*sizes):
@@ -43,24 +42,36 @@ def test_what_does_not_fit_is_left_out_and_reported_once(mesh, caplog):
         "b": P(),
     }
     (record,) = caplog.records
-    assert "odd/query/kernel (3, 6): dimension 0" in record.getMessage()
+    assert "odd/query/kernel (3, 6): dimension 0 (3)" in record.getMessage()
     assert "flat/query/kernel (4,): no dimension 1" in record.getMessage()
 
 
-def test_axis_of_size_one_loses_nothing_and_says_nothing(caplog):
-    whole = make_mesh(ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
-    assert match_rules(RULES, {"query": {"kernel": shape(3)}}, whole) == {"query": {"kernel": P("fsdp")}}
+def test_axis_of_size_one_splits_nothing_and_says_nothing(caplog):
+    whole = make_mesh({"data": 8})
+    assert match_rules(RULES, {"query": {"kernel": shape(3)}}, whole) == {"query": {"kernel": P()}}
     assert not caplog.records
 
 
-def test_parameter_without_a_rule_is_named(mesh):
-    with pytest.raises(ValueError, match="no pattern matches a/bias"):
-        match_rules(RULES[:2], {"a": {"bias": shape(2)}}, mesh)
+def test_parameters_without_a_rule_are_all_named(mesh):
+    with pytest.raises(ValueError, match=r"no pattern matches a/bias \(2,\)\n  c \(\)") as error:
+        match_rules(RULES[:2], {"a": {"bias": shape(2), "kernel": shape(2, 4)}, "c": shape()}, mesh)
+    assert "kernel" not in str(error.value)
 
 
-def test_unknown_axis_is_named(mesh):
-    with pytest.raises(ValueError, match=r"a/bias over 'model'.*data, fsdp, tensor"):
-        match_rules(((".*", ("model",)),), {"a": {"bias": shape(2)}}, mesh)
+def test_mistakes_in_a_rule_are_named(mesh):
+    tree = {"a": {"bias": shape(2)}}
+    with pytest.raises(ValueError, match=r"a/bias over 'model'.*replica, data, fsdp"):
+        match_rules(((".*", ("model",)),), tree, mesh)
+    with pytest.raises(ValueError, match=r"'\(bias' is no regular expression"):
+        match_rules((("(bias", ()),), tree, mesh)
+    with pytest.raises(ValueError, match="'bias' names the mesh axis 'fsdp' twice"):
+        match_rules((("bias", ("fsdp", ("data", "fsdp"))),), tree, mesh)
+
+
+def test_a_placement_tells_its_rule_and_what_is_lost(mesh):
+    found = find_placements(RULES, {"query": {"kernel": shape(3, 6)}, "b": shape(2)}, mesh)
+    assert list(found) == ["b", "query/kernel"] and found["b"].pattern == ".*" and not found["b"].lost
+    assert found["query/kernel"].lost == ("dimension 0 (3) is no multiple of fsdp=2",)
 
 
 def test_moments_lie_with_their_parameters_even_behind_a_mask(caplog):
@@ -80,7 +91,7 @@ def test_moments_lie_with_their_parameters_even_behind_a_mask(caplog):
 
 def test_what_comes_out_of_heads_and_hidden_layers_is_split_the_other_way_round(mesh):
     block = {name: {"kernel": shape(4, 8)} for name in ("v_proj", "values_l_proj", "out_v_proj", "out_l_proj")}
-    specs = match_rules(get_config().sharding_rules, {"tower_0": {"fusion": block}}, mesh)["tower_0"]["fusion"]
+    specs = match_rules(PRESETS["fsdp_tp"], {"tower_0": {"fusion": block}}, mesh)["tower_0"]["fusion"]
     inward, outward = P("fsdp", "tensor"), P("tensor", "fsdp")
     assert {name: spec["kernel"] for name, spec in specs.items()} == {
         "v_proj": inward,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from configs.medglip_t import get_config
@@ -102,6 +103,19 @@ def test_state_comes_back_to_the_bit_on_any_mesh(run, parts, state, sizes):
     assert_same_bits(restored, state)
     assert_same_bits(first, filled(state, seed=1))
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
+
+
+def test_a_checkpoint_of_a_mesh_of_three_axes_comes_back_on_one_of_five(tmp_path, parts, state):
+    """Runs of version 0.1.0 had the axes data, fsdp and tensor."""
+    kinds = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=kinds)
+    old = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, x.sharding.spec)), state)
+    target = abstract_state(*parts, make_mesh({"replica": 2, "fsdp": 2, "sequence": 2}))
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, old)
+        restored = checkpoints.restore(target)
+    assert_same_bits(restored, state)
+    assert restored.params["query"]["kernel"].sharding.spec == PartitionSpec(("replica", "fsdp"))
 
 
 def test_training_may_go_on_while_a_checkpoint_is_written(tmp_path, parts, state):

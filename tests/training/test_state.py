@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.mesh import make_mesh
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.state import abstract_state, create_state
@@ -46,7 +47,7 @@ def test_sharded_start_has_the_numbers_of_the_unsharded_one(parts, sharded):
 
 def test_moments_and_average_lie_with_their_parameter(parts, sharded):
     state, _, mesh = sharded
-    specs = match_rules(parts[1].sharding_rules, state.params, mesh)
+    specs = match_rules(resolve_rules(parts[1]), state.params, mesh)
     moments = [optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")]
     for tree in (state.params, state.ema, *moments):
         jax.tree.map(

@@ -64,7 +64,7 @@ def run(tiny_config):
         target = abstract_state(model, config, optimizer, jax.random.key(3), mesh)
         placed[name] = jax.tree.map(lambda x: x.sharding, target)
         steps[name] = jax.jit(
-            make_train_step(model, config, optimizer),
+            make_train_step(model, config, optimizer, mesh),
             in_shardings=(placed[name], batch_sharding(mesh)),
             out_shardings=(placed[name], None),
             donate_argnums=0,

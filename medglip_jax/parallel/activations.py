@@ -1,0 +1,94 @@
+"""Where activations lie: dimensions have names in the model, and one table says over which mesh axes each is split.
+
+The model calls `constrain` at the few places from which XLA would otherwise choose badly; outside `activations_on` it
+returns its argument, so that the model stays a function of arrays that knows of no mesh.
+"""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+# batch: images. height, width: of a map. pixels: of all levels of the pyramid, one after another. tokens: of the
+# prompt. channels: of a residual stream. heads: of an attention. hidden: inside an MLP.
+NAMES = ("batch", "height", "width", "pixels", "tokens", "channels", "heads", "hidden")
+
+MAP = ("batch", "height", "width", "channels")
+PIXELS = ("batch", "pixels", "channels")
+TEXT = ("batch", "tokens", "channels")
+# Rows together: what convolutions read and write, and the pyramid where its levels are joined and taken apart. Where
+# rows and a second mesh axis are split, XLA (jax 0.10.2) computes wrong gradients of these: docs/pods.md.
+WHOLE_MAP = ("batch", None, None, "channels")
+WHOLE_PIXELS = ("batch", None, "channels")
+
+ActivationRules = Sequence[tuple[str, Sequence[str]]]
+
+_table: contextvars.ContextVar[tuple[Mesh, list[tuple[str, tuple[str, ...] | None]]] | None] = contextvars.ContextVar(
+    "activation_table", default=None
+)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: Mesh | None, rules: ActivationRules) -> Iterator[None]:
+    """Makes `constrain` do something while a function is traced.
+
+    Args:
+        mesh: from `make_mesh`; None does nothing.
+        rules: `config.activation_rules` of a recipe: (name, mesh axes) for each of `NAMES`. An axis splits one
+            dimension of an array: the row that comes first takes it.
+
+    Raises:
+        ValueError: a name is unknown, missing or given twice, or an axis is not the mesh's.
+    """
+    if mesh is None:
+        yield
+        return
+    given = [name for name, _ in rules]
+    if sorted(given) != sorted(NAMES):
+        odd = sorted(set(given) - set(NAMES)) or sorted(set(NAMES) - set(given)) or sorted({*given})
+        raise ValueError(
+            f"config.activation_rules has rows for {', '.join(given)}: expected each of {', '.join(NAMES)} once "
+            f"({', '.join(odd)})"
+        )
+    table: list[tuple[str, tuple[str, ...] | None]] = []
+    for name, axes in rules:
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"config.activation_rules splits {name} over {axis!r}: the mesh has {', '.join(mesh.shape)}"
+                )
+        table.append((name, tuple(axis for axis in axes if mesh.shape[axis] > 1) or None))
+    token = _table.set((mesh, table))
+    try:
+        yield
+    finally:
+        _table.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks XLA to lay an array out by the table of `activations_on`; returns it as it is where there is none.
+
+    Args:
+        x: any array.
+        names: of `NAMES`, one for each dimension; None for a dimension that is not split.
+
+    Returns:
+        The same numbers. A dimension that is no multiple of its axes is not split: XLA would pad it, and from padded
+        rows it computes wrong gradients of convolutions with a stride (jax 0.10.2).
+    """
+    current = _table.get()
+    if current is None:
+        return x
+    if len(names) != x.ndim or any(name is not None and name not in NAMES for name in names):
+        raise ValueError(f"constrain: {names} for an array of shape {x.shape}; names are {', '.join(NAMES)}")
+    mesh, table = current
+    spec = nn.logical_to_mesh_axes(names, table) or ()
+    fits = []
+    for size, entry in zip(x.shape, spec, strict=True):
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        fits.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else entry)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))

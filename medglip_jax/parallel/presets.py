@@ -1,0 +1,68 @@
+"""Named sharding rules for the detector: where its parameters lie on a mesh, as data.
+
+    ddp      every device holds everything
+    fsdp     kernels and tables are split over all devices of replica and fsdp: one copy for each place on data
+    hsdp     the same inside a replica: every replica holds a copy, and gathers nothing from another one
+    fsdp_tp  as fsdp, and heads and hidden widths are split over tensor too
+
+What is small is copied, by a rule that says so: vectors, tables of relative positions, and layers of a few outputs. No
+preset ends with a rule for everything, so that a new kind of parameter is an error until someone decides about it.
+"""
+
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from medglip_jax.parallel.rules import Rules
+
+
+def _preset(split: Any, tensor: str | None) -> Rules:
+    """Returns rules that split a dimension of each large parameter over `split`, and another over `tensor`."""
+    return (
+        # Layers into heads and hidden widths, [in, out], and those out of them.
+        (r"(^|/)(query|key|value|qkv|intermediate|(values_)?[vl]_proj)/kernel$", (split, tensor)),
+        (r"block_\d+/fc1/kernel$", (split, tensor)),
+        (r"(^|/)(attention_output|proj|output|out_[vl]_proj)/kernel$", (tensor, split)),
+        (r"block_\d+/fc2/kernel$", (tensor, split)),
+        # Rows are as many as the vocabulary has tokens, which is rarely a multiple of anything.
+        (r"_embeddings/embedding$", (None, split)),
+        # Between stages and between streams, [in, out].
+        (r"(^|/)(reduction|text_projection)/kernel$", (split,)),
+        # Dynamic ReLU, [channels, channels / 4] and back to four times the channels.
+        (r"dyconv/relu/fc0/kernel$", (split,)),
+        (r"dyconv/relu/fc1/kernel$", (None, split)),
+        # Convolutions of the pyramid and of the tower, [height, width, in, out].
+        (r"neck/(lateral|output)_\d+/kernel$", (None, None, split)),
+        (r"dyconv/(coarser|same|finer|offset)/kernel$", (None, None, split)),
+        # Copied: a few thousand numbers at most.
+        (r"patch_embed/projection/kernel$", ()),
+        (r"(head/(box|centerness)|dyconv/scale_attention)/kernel$", ()),
+        (r"(^|/)relative_position_bias_table$", ()),
+        (r"(^|/)(bias|scale|gamma_[vl])$", ()),
+        (r"^head/(bias_lang|bias0|log_scale|scale_\d+)$", ()),
+    )
+
+
+PRESETS: dict[str, Rules] = {
+    "ddp": ((r".*", ()),),
+    "fsdp": _preset(("replica", "fsdp"), None),
+    "hsdp": _preset("fsdp", None),
+    "fsdp_tp": _preset(("replica", "fsdp"), "tensor"),
+}
+
+
+def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
+    """Returns the sharding rules of a recipe: its own, then those of its preset.
+
+    Args:
+        config: a recipe; reads `sharding_rules` and `sharding`.
+
+    Raises:
+        ValueError: there is no such preset; the error names the nearest.
+    """
+    if config.sharding not in PRESETS:
+        nearest = difflib.get_close_matches(config.sharding, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"config.sharding is {config.sharding!r}: {hint}")
+    return (*config.sharding_rules, *PRESETS[config.sharding])
