@@ -17,7 +17,8 @@ from data_pipelines.schema import GroundingExample
 
 ZERO_SHOT = "zero_shot"
 _BLANK_RANGE = 4  # grey values from the darkest to the brightest place of a thumbnail that shows nothing
-_CHUNK = 4096  # pairs of thumbnails that are compared, and held, at once
+_CHUNK = 4096  # pairs whose thumbnails are held at once
+_BLOCK = 256  # of them that are compared at once, for which they become numbers of 8 bytes
 _MOST_PAIRS = 1_000_000  # pairs of near hashes, after which the search ends
 _LISTED = 10  # largest groups that a report names
 
@@ -144,10 +145,13 @@ def _chunks(pairs: np.ndarray) -> Iterator[np.ndarray]:
 def _compare(pairs: np.ndarray, thumbnails: Thumbnails) -> np.ndarray:
     """Whether the pictures of each pair [C, 2] look alike, bool[C]; reads each of them once."""
     rows, places = np.unique(pairs, return_inverse=True)
-    soft = soften(_read_thumbnails(thumbnails, rows))
-    a, b = (soft[column] for column in places.reshape(-1, 2).T)  # [C, 32, 32]
-    contrast = np.minimum(a.std(axis=(1, 2)), b.std(axis=(1, 2)))
-    return look_alike(a, b) & (contrast >= LEAST_CONTRAST)
+    small, places = _read_thumbnails(thumbnails, rows), places.reshape(-1, 2)
+    alike = [np.zeros(0, bool)]
+    for start in range(0, len(places), _BLOCK):
+        a, b = (soften(small[column]) for column in places[start : start + _BLOCK].T)  # [block, 32, 32]
+        contrast = np.minimum(a.std(axis=(1, 2)), b.std(axis=(1, 2)))
+        alike.append(look_alike(a, b) & (contrast >= LEAST_CONTRAST))
+    return np.concatenate(alike)
 
 
 def group_examples(patients: Sequence[str], image_keys: Sequence[str], near_pairs: np.ndarray) -> np.ndarray:

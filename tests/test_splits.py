@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from data_pipelines import splits
 from data_pipelines.audit_pixels import digest_pixels, hash_picture, look_alike, make_thumbnail, shrink, soften, to_grey
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.phantoms import phantom
@@ -155,6 +156,19 @@ def test_thumbnails_may_lie_in_a_file_or_be_read_one_by_one(pictures, tmp_path):
     assert set(asked) < set(range(8))
     alone = find_duplicates(digests, hashes, None)
     assert (alone.near.size, alone.exact.tolist()) == (0, [0, 1, 2, 3, 4, 5, 2, 7])
+
+
+def test_near_copies_are_the_same_however_many_are_compared_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    plain = cv2.resize(rng.integers(0, 256, (5, 6, 6), np.uint8).transpose(1, 2, 0), (32, 32)).transpose(2, 0, 1)
+    small = plain[rng.integers(0, 5, 40)] + rng.integers(0, 2, (40, 32, 32), np.uint8)  # copies of five pictures
+    prints = np.arange(1, 41), np.full(40, 3, np.uint64), small
+    near = find_duplicates(*prints).near
+    assert 0 < len(near) < 40 * 39 // 2
+    for chunk, block in ((50, 7), (7, 50), (1, 1)):
+        monkeypatch.setattr(splits, "_CHUNK", chunk)
+        monkeypatch.setattr(splits, "_BLOCK", block)
+        np.testing.assert_array_equal(find_duplicates(*prints).near, near)
 
 
 def test_an_unknown_digest_is_no_copy_and_a_search_cut_short_says_so():
