@@ -28,10 +28,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# PyTorch alone first, so that it is the one for the CPU; the tests of interop need it.
+# PyTorch alone first, so that it is the one for the CPU; the tests of interop need it. The tests of planning compile with
+# libtpu (150 MB), which lies beside the environment: in it, JAX would look for TPUs at every start.
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(bin)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(bin)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target $(VENV)/libtpu 'libtpu==0.0.42.*'
 	touch $@
 
 clean:

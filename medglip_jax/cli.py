@@ -9,6 +9,7 @@ COMMANDS = {
     "data": ("data_pipelines.commands", "look into records before training: audit"),
     "build": ("data_pipelines.build", "make records from a folder of annotated images"),
     "train": ("medglip_jax.train", "train a recipe of configs/, or go on with a run"),
+    "plan": ("medglip_jax.plan", "whether a recipe fits a TPU pod, and how fast it can be there at most"),
     "evaluate": ("medglip_jax.evaluate", "average precision of a checkpoint on records"),
     "predict": ("medglip_jax.predict", "find phrases in images and draw the boxes"),
     "export": ("medglip_jax.export", "write a checkpoint for PyTorch"),
