@@ -81,19 +81,21 @@ def deform_convs(levels: Sequence[Array], groups: Sequence[tuple[Array, Sequence
     sizes = [sum(reading.offsets.shape[1] * reading.offsets.shape[2] for reading in readings) for _, readings in groups]
     group_ends = np.cumsum(sizes)[:-1]
 
-    dimensions = jax.lax.GatherDimensionNumbers(offset_dims=(1, 2), collapsed_slice_dims=(), start_index_map=(0,))
-
-    def read_pairs(pixels: Array, index: Array) -> Array:  # [T, C], int32[P] -> [P, 2, C], neighbours in a row
-        return jax.lax.gather(pixels, index[:, None], dimensions, (2, channels), mode="promise_in_bounds")
+    # One pixel at a time: of a patch of pixels, the backward pass would be a scatter that a TPU runs patch by patch.
+    def read(pixels: Array, index: Array) -> Array:  # [T, C], int32[P] -> [P, C]
+        return pixels.at[index].get(mode="promise_in_bounds")
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tap(totals: list[Array], inputs: tuple[Array, Array, Array, list[Array]]) -> tuple[list[Array], None]:
         index, fraction, weight, matrices = inputs  # [B, P], [B, P, 2], [B, P], each [C, D]
-        pairs = jax.vmap(read_pairs)(buffer, jnp.concatenate([index, index + next_row], axis=1))
-        top, bottom = jnp.split(pairs, 2, axis=1)  # [B, P, 2, C]
-        fy, fx = fraction[..., None, :1], fraction[..., 1:]
-        pair = top * (1 - fy) + bottom * fy
-        value = (pair[:, :, 0] * (1 - fx) + pair[:, :, 1] * fx) * weight[..., None]  # [B, P, C]
+        patch = jnp.concatenate([index, index + 1, index + next_row, index + next_row + 1], axis=1)
+        top_left, top_right, bottom_left, bottom_right = jnp.split(
+            jax.vmap(read)(buffer, patch), 4, axis=1
+        )  # [B, P, C]
+        fy, fx = fraction[..., :1], fraction[..., 1:]
+        left = top_left * (1 - fy) + bottom_left * fy
+        right = top_right * (1 - fy) + bottom_right * fy
+        value = (left * (1 - fx) + right * fx) * weight[..., None]
         parts = jnp.split(value, group_ends, axis=1)
         return [total + part @ matrix for total, part, matrix in zip(totals, parts, matrices, strict=True)], None
 

@@ -62,6 +62,11 @@ def test_the_compiled_step_does_the_flops_of_the_model(planned):
     assert results["flops"] == pytest.approx(expected, rel=0.1)
 
 
+def test_no_loop_goes_over_pixels(planned):
+    """A scatter of patches, as the backward pass of a gather of patches, would be one on a TPU: run after run."""
+    assert planned[0][1]["iterations"] < 1000
+
+
 def test_what_was_compiled_before_is_taken_from_the_file(planned):
     assert planned[1][1] == planned[0][1]
 
