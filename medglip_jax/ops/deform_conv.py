@@ -89,9 +89,8 @@ def deform_convs(levels: Sequence[Array], groups: Sequence[tuple[Array, Sequence
     def tap(totals: list[Array], inputs: tuple[Array, Array, Array, list[Array]]) -> tuple[list[Array], None]:
         index, fraction, weight, matrices = inputs  # [B, P], [B, P, 2], [B, P], each [C, D]
         patch = jnp.concatenate([index, index + 1, index + next_row, index + next_row + 1], axis=1)
-        top_left, top_right, bottom_left, bottom_right = jnp.split(
-            jax.vmap(read)(buffer, patch), 4, axis=1
-        )  # [B, P, C]
+        values = jax.vmap(read)(buffer, patch)
+        top_left, top_right, bottom_left, bottom_right = jnp.split(values, 4, axis=1)  # [B, P, C]
         fy, fx = fraction[..., :1], fraction[..., 1:]
         left = top_left * (1 - fy) + bottom_left * fy
         right = top_right * (1 - fy) + bottom_right * fy
