@@ -150,6 +150,9 @@ def get_config() -> ConfigDict:
     config.training.checkpoint_every = 5000  # steps between checkpoints; the last step is always saved
     config.training.keep_checkpoints = 3  # newest ones kept
     config.training.eval_every = 0  # steps between evaluations on data.eval; 0 evaluates at the end only
+    config.training.on_recompile = "error"  # when a step after the first compiles again: error, or warn
+    config.training.peak_flops = 0.0  # bfloat16 FLOPs per second of a device, for the MFU; 0 is its maker's number
+    config.training.wandb_project = ""  # project at Weights & Biases that metrics are sent to; "" sends nothing
 
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any

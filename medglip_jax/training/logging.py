@@ -12,28 +12,43 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import rich.console
 import rich.progress
+from PIL import Image
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # folder in a run's working directory
+WANDB_FILE = "wandb_run.txt"  # file there: the id of the run at Weights & Biases, to go on with
 
 
 class MetricsLog:
     """Writes scalars to WORKDIR/metrics.jsonl, one line a call, and to WORKDIR/tensorboard.
 
-    Only the first process writes; in the others every method does nothing.
+    If asked, Weights & Biases gets the same. Only the first process writes; in the others every method does nothing.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], start_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        start_step: int = 0,
+        *,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ):
         """Opens the files for more lines.
 
         Args:
             workdir: the run's working directory; it is made if needed.
             start_step: the step that the run resumes from. Lines of later steps, which the interrupted run wrote after
                 its last checkpoint, are taken out, so that every step is there once.
+            wandb_project: project at Weights & Biases, which then gets the same; "" sends nothing anywhere.
+            config: the recipe, for it.
+
+        Raises:
+            ValueError: a project is named, and wandb is not installed.
         """
-        self._file = self._writer = None
+        self._file = self._writer = self._wandb = None
         if jax.process_index() != 0:
             return
         from tensorboardX import SummaryWriter  # imports torch, where there is one
@@ -46,6 +61,8 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         purge_step = start_step + 1 if start_step else None
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
+        if wandb_project:
+            self._wandb = _open_wandb(wandb_project, folder, config or {})
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -71,12 +88,50 @@ class MetricsLog:
         for name, value in values.items():
             self._writer.add_scalar(name, value, int(step))
         self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(step))
+
+    def write_image(self, step: int, name: str, path: str | os.PathLike[str]) -> None:
+        """Shows a picture in TensorBoard, and at Weights & Biases.
+
+        Args:
+            step: steps taken.
+            name: of the picture.
+            path: of its file.
+        """
+        if self._writer is None:
+            return
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(name, pixels, int(step), dataformats="HWC")
+        self._writer.flush()
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels)}, step=int(step))
 
     def close(self) -> None:
         """Closes the files."""
         if self._file is not None and self._writer is not None:
             self._file.close()
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _open_wandb(project: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Any:
+    """Begins a run at Weights & Biases, or goes on with the one of this folder."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(
+            f"config.training.wandb_project is {project!r}, but wandb is not installed: pip install wandb"
+        ) from None
+    path = folder / WANDB_FILE
+    known = path.read_text(encoding="utf-8").strip() if path.exists() else None
+    run = wandb.init(project=project, dir=str(folder), id=known, resume="allow", config=dict(config))
+    path.write_text(f"{run.id}\n", encoding="utf-8")
+    return run
 
 
 def _drop_later_lines(path: pathlib.Path, step: int) -> None:
