@@ -9,7 +9,9 @@ The same command goes on where an interrupted run stopped, with the batch that w
     checkpoints/STEP/       state and position in the data
     metrics.jsonl           one line every config.training.log_every steps
     quarantine.jsonl        records that could not be used, if there are any
-    tensorboard/            the same for TensorBoard
+    tensorboard/            the same for TensorBoard, and the newest predictions
+    goodput.json            where the time went: steps, loader, compilation, checkpoints, evaluation, restarts
+    profile/                with --profile: a trace of some steps, for TensorBoard or Perfetto
     evaluation.json         average precision at the end, on config.data.eval
     predictions.png         predicted and true boxes of some of its images
 """
@@ -22,7 +24,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -49,10 +51,13 @@ from medglip_jax.parallel.mesh import (
 )
 from medglip_jax.pretrained import pretrained_parameters, start_from
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
+from medglip_jax.training.goodput import Goodput
 from medglip_jax.training.logging import MetricsLog, ProgressBar
 from medglip_jax.training.optimizer import make_optimizer
+from medglip_jax.training.profiling import TRACED_STEPS, Trace, dump_hlo, parse_steps
 from medglip_jax.training.state import TrainState, abstract_state, create_state
 from medglip_jax.training.step import check_finite, make_train_step
+from medglip_jax.training.telemetry import RecompilationGuard, Telemetry
 
 EVALUATION_FILE = "evaluation.json"
 SHEET_FILE = "predictions.png"
@@ -139,22 +144,27 @@ class _PendingMetrics:
         return {name: float(np.mean([metrics[name] for metrics in settled])) for name in settled[0]}
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | None:
+def train(
+    config: ConfigDict, workdir: str | os.PathLike, *, trace_steps: tuple[int, int] | None = None
+) -> dict[str, Any] | None:
     """Trains a recipe, or goes on with a run.
 
     Args:
         config: the recipe.
         workdir: of the run; made if needed. If it has checkpoints, the newest one is gone on with.
+        trace_steps: the first and the last step, from this start, that a trace is recorded of; None records none.
 
     Returns:
         The evaluation at the end (see `evaluate_records`), or None without `config.data.eval`.
 
     Raises:
         NonFiniteLoss: the loss was infinite or no number; it names the images of the batch.
+        RecompilationError: a step after the first compiled again; see `config.training.on_recompile`.
         ValueError, OSError: the recipe, the records or the checkpoint in `workdir` cannot be used.
         KeyboardInterrupt: Ctrl-C or SIGTERM came; a checkpoint was written before.
     """
     workdir = pathlib.Path(workdir).resolve()
+    goodput = Goodput(workdir)
     training, total = config.training, config.schedule.steps
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -169,6 +179,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
         )
 
     with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(contextlib.ExitStack())
         loader = train_loader(
             config.data,
             seed=config.seed,
@@ -177,7 +188,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             process_count=jax.process_count(),
             quarantine=workdir / QUARANTINE_FILE,
         )
-        stack.callback(loader.close)
+        reading.callback(loader.close)
         checkpoints = stack.enter_context(Checkpoints(workdir, training.keep_checkpoints))
 
         rng = jax.random.key(config.seed)
@@ -188,7 +199,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
         else:
             target = abstract_state(model, config, optimizer, rng, mesh)
             placed = jax.tree.map(lambda x: x.sharding, target)
-            state = checkpoints.restore(target, loader)
+            with goodput.phase("restore"):
+                state = checkpoints.restore(target, loader)
         if jax.process_index() == 0:
             save_config(config, workdir / CONFIG_FILE)
             tokenizer.save(workdir / TOKENIZER)
@@ -200,37 +212,72 @@ def train(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any] | No
             donate_argnums=0,
         )
         start, pending = int(state.step), _PendingMetrics()
-        log = stack.enter_context(MetricsLog(workdir, start))
+        log = stack.enter_context(
+            MetricsLog(workdir, start, wandb_project=training.wandb_project, config=config.to_dict())
+        )
         progress = stack.enter_context(ProgressBar(total, config.data.batch_size, start))
         stop_asked = stack.enter_context(_stop_on_signal())
+        trace = stack.enter_context(Trace(workdir, trace_steps, start))
+        recompilation = stack.enter_context(RecompilationGuard("train_step", training.on_recompile))
+        telemetry = Telemetry(config, mesh)
+        goodput.begin_steps(start)
 
+        logged = start
         for step in range(start + 1, total + 1):
-            batch = next(loader)
-            state, metrics = step_fn(state, to_global(batch, mesh))
+            with goodput.phase("loader"):
+                batch = next(loader)
+            arrays = to_global(batch, mesh)
+            recompilation.before(arrays)
+            trace.before(step)
+            with goodput.phase("compile") if step == start + 1 else contextlib.nullcontext():
+                state, metrics = step_fn(state, arrays)
+            recompilation.after()
+            trace.after(step, metrics)
             pending.add(step - 1, metrics, batch["image_id"])
             progress.update(step, pending.loss)
 
             stops = stop_asked() and step < total
             saves = step % training.checkpoint_every == 0 or step == total or stops
             if step % training.log_every == 0 or saves:
-                log.write(step, pending.take_means() | {"images_per_second": progress.images_per_second or math.nan})
+                means, seconds = pending.take_means(), goodput.take()
+                log.write(step, means | telemetry.rates(step - logged, seconds) | telemetry.memory() | _costs(seconds))
+                goodput.write(step)
+                logged = step
             if saves:
-                checkpoints.save(step, state, loader)
+                with goodput.phase("checkpoint"):
+                    checkpoints.save(step, state, loader)
             if stops:
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
             if config.data.eval and training.eval_every and step % training.eval_every == 0 and step < total:
-                results = evaluate(state)
-                log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in ("AP", "AP50", "AP75")})
+                with goodput.phase("evaluation"):
+                    results = evaluate(state, workdir / SHEET_FILE)
+                    _log_evaluation(log, step, results, workdir / SHEET_FILE)
                 progress.pause()
         if (corrupt := loader.quarantine.count()) and jax.process_index() == 0:
             print(f"{corrupt} records could not be used and were skipped: {loader.quarantine.path} lists them")
+        reading.close()
 
-    if not config.data.eval:
-        return None
-    results = evaluate(state, workdir / SHEET_FILE)
-    if jax.process_index() == 0:
-        write_json(results, workdir / EVALUATION_FILE)
+        results = None
+        if config.data.eval:
+            with goodput.phase("evaluation"):
+                results = evaluate(state, workdir / SHEET_FILE)
+            if start < total:  # a finished run is evaluated again, and logged once
+                _log_evaluation(log, total, results, workdir / SHEET_FILE)
+            if jax.process_index() == 0:
+                write_json(results, workdir / EVALUATION_FILE)
+        goodput.write(total)
     return results
+
+
+def _costs(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Returns what was not training since the last line, in seconds; what took none is left out."""
+    names = ("start", "restore", "compile", "checkpoint", "evaluation")
+    return {f"{name}_seconds": seconds[name] for name in names if seconds[name]}
+
+
+def _log_evaluation(log: MetricsLog, step: int, results: Mapping[str, Any], sheet: pathlib.Path) -> None:
+    log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in ("AP", "AP50", "AP75")})
+    log.write_image(step, "predictions", sheet)
 
 
 def _or_nan(value: float | None) -> float:
@@ -248,11 +295,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="recipe, configs/X.py")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where checkpoints and metrics go")
+    first, last = TRACED_STEPS
+    parser.add_argument(
+        "--profile",
+        nargs="?",
+        const=f"{first}:{last}",
+        metavar="FIRST:LAST",
+        help="record a trace of these steps, counted from this start (%(const)s), to WORKDIR/profile",
+    )
+    parser.add_argument("--dump-hlo", metavar="DIR", help="folder for the programs that XLA makes, as text")
     options, overrides = parser.parse_known_args(argv)
 
+    trace_steps = parse_steps(options.profile) if options.profile else None
+    if options.dump_hlo:
+        dump_hlo(options.dump_hlo)
     initialize_distributed()
     started = time.monotonic()
-    results = train(load_config(options.config, overrides), options.workdir)
+    results = train(load_config(options.config, overrides), options.workdir, trace_steps=trace_steps)
     if jax.process_index() == 0:
         if results is not None:
             print_results(results)

@@ -47,8 +47,10 @@ def run(recipe, tmp_path_factory):
     return workdir, train(recipe, workdir)
 
 
-def logged(workdir: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def logged(workdir: pathlib.Path, name: str = "loss") -> list[dict]:
+    """The lines of the log that have a metric."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if name in line]
 
 
 def change(recipe, **fields):
@@ -69,6 +71,20 @@ def test_run_leaves_what_the_documentation_lists(run):
     assert {"AP", "AP50", "AP75", "per_class", "per_modality"} <= results.keys()
     assert [line["step"] for line in logged(workdir)] == [1, 2, 3, 4]
     assert all(np.isfinite(line["loss"]) for line in logged(workdir))
+    assert [line["step"] for line in logged(workdir, "eval_AP")] == [4]
+
+
+def test_run_tells_its_speed_and_where_its_time_went(run, recipe):
+    workdir, _ = run
+    names = {"step_seconds", "loader_seconds", "images_per_second", "images_per_second_per_device"}
+    assert all(names <= line.keys() for line in logged(workdir)[1:])
+    assert logged(workdir, "compile_seconds")[0]["step"] == 1
+    for line in logged(workdir)[1:]:
+        assert line["images_per_second"] == pytest.approx(recipe.data.batch_size / line["step_seconds"])
+    told = json.loads((workdir / "goodput.json").read_text())
+    assert all(told["seconds"][name] > 0 for name in ("start", "compile", "loader", "step", "checkpoint", "evaluation"))
+    assert 0 < told["goodput"] < 1
+    assert told["starts"][0]["last_step"] == recipe.schedule.steps
 
 
 def test_stopped_run_goes_on_as_if_it_had_not_stopped(run, recipe, tmp_path, monkeypatch):
@@ -98,8 +114,9 @@ def test_stopped_run_goes_on_as_if_it_had_not_stopped(run, recipe, tmp_path, mon
 
 
 def test_finished_run_is_only_evaluated_again(run, recipe):
+    before = (run[0] / "metrics.jsonl").read_bytes()
     assert train(recipe, run[0])["AP"] == run[1]["AP"]
-    assert len(logged(run[0])) == 4
+    assert (run[0] / "metrics.jsonl").read_bytes() == before
 
 
 def test_loss_that_is_not_finite_stops_with_the_images(recipe, tmp_path, monkeypatch):

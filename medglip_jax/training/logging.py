@@ -106,7 +106,7 @@ class MetricsLog:
         self._writer.add_image(name, pixels, int(step), dataformats="HWC")
         self._writer.flush()
         if self._wandb is not None:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb.log({name: wandb.Image(pixels)}, step=int(step))
 
@@ -122,7 +122,7 @@ class MetricsLog:
 def _open_wandb(project: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Any:
     """Begins a run at Weights & Biases, or goes on with the one of this folder."""
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
             f"config.training.wandb_project is {project!r}, but wandb is not installed: pip install wandb"

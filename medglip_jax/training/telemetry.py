@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -11,6 +13,8 @@ from medglip_jax.planning.chips import CHIPS, GIB
 from medglip_jax.planning.programs import forward_flops
 
 logger = logging.getLogger(__name__)
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event, which tells the function too
 
 # bfloat16 FLOPs a second of a device, by a part of its `device_kind`; the first that is found in it counts. TPUs: see
 # `chips`. GPUs: NVIDIA's data sheets, dense, SXM.
@@ -45,13 +49,16 @@ class RecompilationError(RuntimeError):
 
 
 class RecompilationGuard:
-    """Notices that the train step compiles again, which costs minutes each time and means that a shape changes."""
+    """Notices that a jitted function compiles again, which costs minutes each time and means that a shape changes.
 
-    def __init__(self, step_fn: Any, action: str):
-        """Begins to watch.
+    A context manager, inside which compilations are counted.
+    """
+
+    def __init__(self, name: str, action: str):
+        """Prepares to count.
 
         Args:
-            step_fn: the jitted step.
+            name: of the function that is jitted.
             action: "error" or "warn": `config.training.on_recompile`.
 
         Raises:
@@ -59,43 +66,53 @@ class RecompilationGuard:
         """
         if action not in ("error", "warn"):
             raise ValueError(f"config.training.on_recompile is {action!r}: expected error or warn")
-        self._step_fn, self._action = step_fn, action
-        self._known: dict[str, str] | None = None
-        self._compiled = 0
-        self.recompiles = 0
+        self._name, self._action = f"jit({name})", action
+        self._shapes: dict[str, str] | None = None
+        self._told = 1
+        self.compilations = 0
+
+    def __enter__(self) -> "RecompilationGuard":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **details: Any) -> None:
+        if event == _COMPILED and details.get("fun_name") == self._name:
+            self.compilations += 1
 
     def before(self, batch: Mapping[str, Any]) -> None:
-        """Looks at a batch before the step takes it.
+        """Looks at a batch before the function takes it.
 
         Raises:
             RecompilationError: its shapes are not those of the batch before, and the action is "error".
         """
         shapes = {name: f"{x.dtype.name}{list(x.shape)}" for name, x in batch.items()}
-        known, self._known = self._known, shapes
+        known, self._shapes = self._shapes, shapes
         if known is None or known == shapes:
             return
-        names = sorted(known.keys() | shapes.keys())
         changed = [
             f"{name} was {known.get(name, 'not there')}, is {shapes.get(name, 'not there')}"
-            for name in names
+            for name in sorted(known.keys() | shapes.keys())
             if known.get(name) != shapes.get(name)
         ]
-        self._tell("its batch has other shapes: " + "; ".join(changed))
+        self._tell("will be compiled again: " + "; ".join(changed))
 
     def after(self) -> None:
-        """Looks whether the step just taken was compiled.
+        """Looks whether the call just made compiled.
 
         Raises:
-            RecompilationError: it was, it is not the first, and the action is "error".
+            RecompilationError: it did, it was not the first time, and the action is "error".
         """
-        compiled = self._step_fn._cache_size()
-        if self._compiled and compiled > self._compiled:
-            self.recompiles += compiled - self._compiled
-            self._tell("it was compiled again")
-        self._compiled = compiled
+        if self.compilations > self._told:
+            self._told = self.compilations
+            self._tell("was compiled again with arguments of the same shapes")
 
     def _tell(self, what: str) -> None:
-        message = f"the train step: {what}. Each compilation takes as long as the first"
+        message = f"{self._name} {what}. Each compilation takes as long as the first"
         if self._action == "error":
             raise RecompilationError(f"{message}; config.training.on_recompile=warn goes on all the same")
         logger.warning("%s", message)

@@ -65,33 +65,37 @@ def batch(size):
 
 
 def test_another_shape_is_told_before_it_compiles(caplog):
-    step = jax.jit(lambda x: x)
-    guard = RecompilationGuard(step, "error")
+    guard = RecompilationGuard("step", "error")
     guard.before(batch(2))
     guard.before(batch(2))
     with pytest.raises(RecompilationError, match=r"image was uint8\[2, 2\], is uint8\[3, 2\].*on_recompile=warn"):
         guard.before(batch(3))
-    guard = RecompilationGuard(step, "warn")
+    guard = RecompilationGuard("step", "warn")
     guard.before(batch(2))
     guard.before(batch(3))
     assert "image was" in caplog.text and "boxes was" not in caplog.text
 
 
 def test_a_second_compilation_is_an_error():
-    step = jax.jit(lambda x: x + 1)
-    guard = RecompilationGuard(step, "error")
-    for x in (jnp.zeros(2), jnp.ones(2)):
-        step(x)
-        guard.after()
-    step(jnp.zeros(3))
-    with pytest.raises(RecompilationError, match="compiled again"):
-        guard.after()
-    assert guard.recompiles == 1
+    @jax.jit
+    def guarded_step(x):
+        return x + 1
+
+    with RecompilationGuard("guarded_step", "error") as guard:
+        for x in (jnp.zeros(2), np.ones(2, np.float32)):  # another kind of argument, and the same program
+            guarded_step(x)
+            jax.jit(lambda y: y * 2)(x)  # compiles too, and is another function
+            guard.after()
+        guarded_step(jnp.zeros(3))
+        with pytest.raises(RecompilationError, match=r"jit\(guarded_step\) was compiled again"):
+            guard.after()
+    guarded_step(jnp.zeros(4))
+    assert guard.compilations == 2
 
 
 def test_unknown_action_is_named():
     with pytest.raises(ValueError, match="on_recompile is 'stop': expected error or warn"):
-        RecompilationGuard(jax.jit(lambda x: x), "stop")
+        RecompilationGuard("step", "stop")
 
 
 def test_no_flops_are_counted_where_the_peak_is_unknown(tiny_config, monkeypatch):
