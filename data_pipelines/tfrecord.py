@@ -30,7 +30,9 @@ class TFRecordWriter:
 
     def write(self, record: bytes) -> None:
         length = len(record).to_bytes(8, "little")
-        self._file.write(length + _FOOTER.pack(_masked_crc(length)) + record + _FOOTER.pack(_masked_crc(record)))
+        self._file.write(length + _FOOTER.pack(_masked_crc(length)))
+        self._file.write(record)  # by itself, so that it is not copied
+        self._file.write(_FOOTER.pack(_masked_crc(record)))
 
     def close(self) -> None:
         self._file.close()
