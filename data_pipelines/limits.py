@@ -159,7 +159,7 @@ def check_inside(root: str | os.PathLike, path: str | os.PathLike) -> pathlib.Pa
                 f"{path}: a symbolic link leads out of {root}; put the file itself there, or allow such links "
                 "(--limits follow_symlinks=true)"
             )
-    return pathlib.Path(path)
+    return path if isinstance(path, pathlib.Path) else pathlib.Path(path)
 
 
 def _follow(path: str) -> str:

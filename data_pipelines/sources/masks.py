@@ -2,18 +2,29 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipelines.curate import SourceError, box_from_mask, find_modality, make_region
+from data_pipelines.curate import SourceError, find_modality, make_region
 from data_pipelines.images import describe, list_images, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
 
 
 def encode_mask(mask: np.ndarray) -> dict:
     """Returns the compressed COCO run-length encoding of a bool[H, W] mask."""
-    return dict(coco_mask.encode(np.asfortranarray(mask, np.uint8)))
+    return dict(coco_mask.encode(np.asfortranarray(mask, bool).view(np.uint8)))
+
+
+def outline(mask: np.ndarray) -> dict[str, Any]:
+    """Returns box and mask of a bool[H, W] mask, as keyword arguments of `curate.make_region`; as `box_from_mask`.
+
+    The box is found in the run lengths, which are shorter than the mask.
+    """
+    runs = encode_mask(mask)
+    x, y, width, height = coco_mask.toBbox(runs).tolist()
+    return {"box": np.asarray([x, y, x + width, y + height], np.float32), "mask": runs}
 
 
 def _has_folders(folder: pathlib.Path) -> bool:
@@ -84,6 +95,6 @@ class MaskFolder(Sequence[GroundingExample]):
 def _read_region(phrase: str, path: pathlib.Path, site: str, size: tuple[int, int], root: pathlib.Path) -> Region:
     mask = read_mask(path, size, root)
     try:
-        return make_region(phrase, box_from_mask(mask), site, mask=encode_mask(mask))
+        return make_region(phrase, site=site, **outline(mask))
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from None

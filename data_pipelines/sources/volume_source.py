@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipelines import taxonomy, volumes
-from data_pipelines.curate import SourceError, box_from_mask, make_region
+from data_pipelines.curate import SourceError, make_region
 from data_pipelines.schema import GroundingExample
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
 
 _PLAN_VERSION = 1  # of the choice of slices: a higher one leaves older plans unused
@@ -232,7 +232,7 @@ class VolumeSource(Sequence[GroundingExample]):
             modality=volume.modality,
             spacing_mm=(millimetres, millimetres),
             regions=tuple(
-                make_region(name, box_from_mask(mask), labels.site, mask=encode_mask(mask)) for name, mask in regions
+                make_region(name, site=labels.site, **outline(mask)) for name, mask in regions
             ),
         )
 
