@@ -231,9 +231,7 @@ class VolumeSource(Sequence[GroundingExample]):
             patient_id=case.patient,
             modality=volume.modality,
             spacing_mm=(millimetres, millimetres),
-            regions=tuple(
-                make_region(name, site=labels.site, **outline(mask)) for name, mask in regions
-            ),
+            regions=tuple(make_region(name, site=labels.site, **outline(mask)) for name, mask in regions),
         )
 
     def _read(self, case: Case) -> tuple[Volume, Labels, tuple[float, float]]:
