@@ -24,6 +24,7 @@ from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
 _PLAN_VERSION = 1  # of the choice of slices: a higher one leaves older plans unused
 _WORKERS = 4  # threads that read labels when a source is opened; each holds those of one case
 
+Part = tuple[str, tuple[slice, ...], np.ndarray]  # name, box in the slice, bool mask in the box
 Slices = list[tuple[str, int, int]]  # plane, index, and the number of components that are too small
 
 
@@ -191,8 +192,8 @@ class VolumeSource(Sequence[GroundingExample]):
             labels, grid = case.read_labels()
             slices = []
             for plane, index in volumes.plan_slices(labels, grid, self._rule):
-                regions, too_small = self._find_regions(labels, grid, plane, index)
-                if regions:
+                parts, too_small = self._find_parts(labels, grid, plane, index)
+                if parts:
                     slices.append((plane, index, too_small))
         except SourceError as error:
             return error
@@ -214,12 +215,12 @@ class VolumeSource(Sequence[GroundingExample]):
             raise item
         case, plane, place = item
         volume, labels, value_range = self._read(case)
-        regions, _ = self._find_regions(labels, volume.grid, plane, place)
+        parts, _ = self._find_parts(labels, volume.grid, plane, place)
         pixels = volumes.section(volume.values, plane, place)
         (height, width), millimetres = volumes.square_size(pixels.shape, volume.grid.pixel_spacing(plane))
         window = self._rule.window if volume.modality == "ct" else "percentile"
         if window == "auto":
-            window = volumes.choose_window([(name, mask.sum()) for name, mask in regions], labels.site)
+            window = volumes.choose_window([(name, np.count_nonzero(mask)) for name, _, mask in parts], labels.site)
         low, high = value_range if window == "percentile" else volumes.window_limits(window)
         pixels = volumes.apply_window(volumes.resize_pixels(pixels, (height, width)), low, high)
         return GroundingExample(
@@ -231,7 +232,10 @@ class VolumeSource(Sequence[GroundingExample]):
             patient_id=case.patient,
             modality=volume.modality,
             spacing_mm=(millimetres, millimetres),
-            regions=tuple(make_region(name, site=labels.site, **outline(mask)) for name, mask in regions),
+            regions=tuple(
+                make_region(name, site=labels.site, **outline(_place(mask, box, (height, width))))
+                for name, box, mask in parts
+            ),
         )
 
     def _read(self, case: Case) -> tuple[Volume, Labels, tuple[float, float]]:
@@ -243,12 +247,10 @@ class VolumeSource(Sequence[GroundingExample]):
             self._current = (case, volume, labels, value_range)
         return self._current[1:]
 
-    def _find_regions(
-        self, labels: Labels, grid: Grid, plane: str, index: int
-    ) -> tuple[list[tuple[str, np.ndarray]], int]:
-        """Returns (name, mask of the picture's size) of the regions in a slice, and how many were too small."""
+    def _find_parts(self, labels: Labels, grid: Grid, plane: str, index: int) -> tuple[list[Part], int]:
+        """Returns the regions in a slice, and how many were too small."""
         ndimage = volumes.import_medical("scipy.ndimage")
-        regions: list[tuple[str, np.ndarray]] = []
+        parts: list[Part] = []
         too_small = 0
         for layer in labels.layers:
             values = volumes.section(layer, plane, index)
@@ -262,7 +264,12 @@ class VolumeSource(Sequence[GroundingExample]):
                 one_by_one = volumes.counts_components(name, labels.site)
                 masks, dropped = volumes.split_components(values[box] == value, least, one_by_one)
                 too_small += dropped
-                for mask in masks:
-                    regions.append((name, np.zeros(size, bool)))
-                    regions[-1][1][box] = mask
-        return regions, too_small
+                parts += ((name, box, mask) for mask in masks)
+        return parts, too_small
+
+
+def _place(mask: np.ndarray, box: tuple[slice, ...], size: tuple[int, int]) -> np.ndarray:
+    """Returns bool[size] with a mask in a box of it, column after column as run lengths are made."""
+    placed = np.zeros(size, bool, order="F")
+    placed[box] = mask
+    return placed
