@@ -14,7 +14,7 @@ import pathlib
 import stat
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipelines.curate import SourceError
 
@@ -206,8 +206,9 @@ def resolve_inside(root: str | os.PathLike, name: str, base: str | os.PathLike |
     return check_inside(root, pathlib.Path(root, path[len(inside) :]))
 
 
-def read_bytes(path: str | os.PathLike, field: str) -> bytes:
-    """Reads a file, if it is one and no larger than a limit.
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike, field: str) -> Iterator[BinaryIO]:
+    """Opens a file to read it, if it is one and no larger than a limit.
 
     Args:
         path: of the file.
@@ -223,13 +224,20 @@ def read_bytes(path: str | os.PathLike, field: str) -> bytes:
             raise SourceError(f"{path}: is no regular file")
         check_amount(state.st_size, field, path, "bytes")
         with open(path, "rb") as file:
-            content = file.read(state.st_size + 1)
-            if len(content) > state.st_size:  # it has grown; Python reserves all the bytes that it is asked for
-                content += file.read(getattr(current_limits(), field) + 1 - len(content))
+            yield file
     except FileNotFoundError:
         raise
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_bytes(path: str | os.PathLike, field: str) -> bytes:
+    """Reads a file, if it is one and no larger than a limit; arguments and errors as `open_file`."""
+    with open_file(path, field) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+        if len(content) > size:  # it has grown; Python reserves all the bytes that it is asked for
+            content += file.read(getattr(current_limits(), field) + 1 - len(content))
     check_amount(len(content), field, path, "bytes")
     return content
 

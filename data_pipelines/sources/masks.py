@@ -23,7 +23,7 @@ def outline(mask: np.ndarray) -> dict[str, Any]:
     The box is found in the run lengths, which are shorter than the mask.
     """
     runs = encode_mask(mask)
-    x, y, width, height = coco_mask.toBbox(runs).tolist()
+    x, y, width, height = coco_mask.toBbox(runs).tolist()  # type: ignore[arg-type]
     return {"box": np.asarray([x, y, x + width, y + height], np.float32), "mask": runs}
 
 

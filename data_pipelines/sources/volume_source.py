@@ -220,7 +220,9 @@ class VolumeSource(Sequence[GroundingExample]):
         (height, width), millimetres = volumes.square_size(pixels.shape, volume.grid.pixel_spacing(plane))
         window = self._rule.window if volume.modality == "ct" else "percentile"
         if window == "auto":
-            window = volumes.choose_window([(name, np.count_nonzero(mask)) for name, _, mask in parts], labels.site)
+            window = volumes.choose_window(
+                [(name, float(np.count_nonzero(mask))) for name, _, mask in parts], labels.site
+            )
         low, high = value_range if window == "percentile" else volumes.window_limits(window)
         pixels = volumes.apply_window(volumes.resize_pixels(pixels, (height, width)), low, high)
         return GroundingExample(
