@@ -225,7 +225,7 @@ def _parse_limits(text: str) -> Limits:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse_arguments(arguments)
-    prepare_process()
+    prepare_process(keep_memory=options.workers == 1)  # with more it hardly sees a picture
     try:
         recipe, root = _make_recipe(options)
         runner = make_runner(options.workers, None if options.beam is None else shlex.split(options.beam))

@@ -33,7 +33,7 @@ def run_here(function: Function, context: Any, tasks: Sequence[Any], on_done: Ca
         on_done()
 
 
-def prepare_process() -> None:
+def prepare_process(keep_memory: bool = True) -> None:
     """Makes this process, one of several or the only one, compute in its own threads only, and keep freed memory.
 
     OpenCV's threads wait for work by turning: small pictures gain nothing from them, and cost twice the CPU time.
@@ -41,10 +41,11 @@ def prepare_process() -> None:
     25 ms for an image with five masks.
     """
     cv2.setNumThreads(0)
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    if keep_memory:
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+            library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 _worker: dict[str, Any] = {}  # what `_start` gave to this worker process
