@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipelines import json_lists
@@ -24,6 +24,7 @@ def small_pieces(monkeypatch):
 
 
 @given(content=contents, ascii_only=st.booleans(), indent=st.sampled_from([None, 1]), mark=st.booleans())
+@example(content={"a": [1.3510798882109898e16], "b": [], "c": None}, ascii_only=True, indent=None, mark=True)
 def test_members_are_those_of_json_wherever_the_pieces_end(tmp_path_factory, content, ascii_only, indent, mark):
     path = tmp_path_factory.getbasetemp() / "lists.json"
     text = json.dumps(content, ensure_ascii=ascii_only, indent=indent)

@@ -230,7 +230,6 @@ def test_links_that_leave_the_folder_are_refused_unless_allowed(tmp_path, link):
 
 
 def test_folders_are_followed_once_and_files_each_time(tmp_path):
-    (tmp_path / "secret").mkdir()
     for folder in ("secret", "root/sub"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "a").write_text("a")
@@ -243,7 +242,7 @@ def test_folders_are_followed_once_and_files_each_time(tmp_path):
         with pytest.raises(SourceError, match="leads out"):
             check_inside(tmp_path / "root", tmp_path / "root/sub/../../secret/a")
         path.unlink()
-        (tmp_path / "root/link").symlink_to(tmp_path / "secret")
+        (tmp_path / "root/link").symlink_to(tmp_path / "root")
         with pytest.raises(SourceError, match="leads out"):
             check_inside(tmp_path / "root", tmp_path / "root/link/..")
 
