@@ -75,8 +75,7 @@ def read_record(descriptor: int, offset: int, length: int) -> bytes:
     Raises:
         ValueError: the bytes do not match their checksum.
     """
-    framed = os.pread(descriptor, length + _FOOTER.size, offset)
-    record = framed[:length]
-    if len(framed) != length + _FOOTER.size or _FOOTER.unpack(framed[length:])[0] != _masked_crc(record):
+    record, footer = os.pread(descriptor, length, offset), os.pread(descriptor, _FOOTER.size, offset + length)
+    if len(footer) != _FOOTER.size or _FOOTER.unpack(footer)[0] != _masked_crc(record):
         raise ValueError(f"the record at byte {offset} does not match its checksum")
     return record

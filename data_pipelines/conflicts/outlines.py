@@ -88,7 +88,7 @@ def measure_inside(
     It is the masks' where all have one, else the boxes' (`measure_boxes` of both). Label maps cut the inner structure
     out of the outer one: where the masks have nothing in common the boxes count.
     """
-    shares = _share_boxes(boxes, outer_boxes).sum(axis=1) / np.maximum(_measure_areas(boxes), 1e-9)
+    shares = np.zeros(len(inner))  # by masks
     masked = [k for k, region in enumerate(inner) if region.mask]
     if masked and all(region.mask for region in outer):
         # COCO's measure for crowds: what is shared over the area of the first.
@@ -97,8 +97,11 @@ def measure_inside(
             [region.mask for region in outer],  # type: ignore[arg-type]
             [1] * len(outer),
         )
-        by_masks = np.asarray(overlaps).reshape(len(masked), len(outer)).sum(axis=1)
-        shares[masked] = np.where(by_masks < _CUT_OUT, shares[masked], by_masks)
+        shares[masked] = np.asarray(overlaps).reshape(len(masked), len(outer)).sum(axis=1)
+    apart = shares < _CUT_OUT
+    if apart.any():
+        by_boxes = _share_boxes(boxes, outer_boxes).sum(axis=1) / np.maximum(_measure_areas(boxes), 1e-9)
+        shares[apart] = by_boxes[apart]
     return np.minimum(shares, 1)
 
 
