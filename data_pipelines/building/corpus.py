@@ -220,7 +220,8 @@ class _Build:
 
     def _read(self) -> Rows:
         """Reads what has not been read before; returns all examples."""
-        units = plan_units([len(source) for source in self._sources], self._unit_size)
+        borders = [getattr(source, "starts", ()) for source in self._sources]
+        units = plan_units([len(source) for source in self._sources], self._unit_size, borders)
         missing = [unit for unit in units if not is_read(unit, self._staging.parts[unit.data_set])]
         context = Reading(self._recipe, self._sources, tuple(self._staging.parts), self._limits)
         self._run_tasks(f"Reading {self._recipe.name}", read_unit, context, missing, len(units) - len(missing))

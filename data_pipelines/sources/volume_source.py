@@ -132,6 +132,7 @@ class VolumeSource(Sequence[GroundingExample]):
     Attributes:
         unused: files without counterpart, and cases without a region that is large enough.
         notes: what is worth knowing about the files, with the number of files that it is true of.
+        starts: place of the first slice of each case.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {"plans": str}
@@ -160,10 +161,12 @@ class VolumeSource(Sequence[GroundingExample]):
         self.unused = list(unused)
         self.notes = collections.Counter(notes)
         self._items: list[tuple[Case, str, int] | SourceError] = []
+        self.starts: list[int] = []
         self._too_small = 0
         self._current: tuple[Case, Volume, Labels, tuple[float, float]] | None = None
         cases = list(cases)
         for case, slices in zip(cases, self._plan_all(cases, plans), strict=True):
+            self.starts.append(len(self._items))
             if isinstance(slices, SourceError):
                 self._items.append(slices)
                 continue
