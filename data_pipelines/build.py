@@ -27,7 +27,7 @@ from data_pipelines.building.recipe import (
     RecipeError,
     read_recipe,
 )
-from data_pipelines.building.running import make_runner
+from data_pipelines.building.running import make_runner, prepare_process
 from data_pipelines.curate import SourceError, find_modality
 from data_pipelines.limits import Limits, use_limits
 from data_pipelines.records import FORMATS, METADATA_FILE, SHARD_BYTES, RecordsError
@@ -225,6 +225,7 @@ def _parse_limits(text: str) -> Limits:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     options = _parse_arguments(arguments)
+    prepare_process(keep_memory=options.workers == 1)  # with more it hardly sees a picture
     try:
         recipe, root = _make_recipe(options)
         runner = make_runner(options.workers, None if options.beam is None else shlex.split(options.beam))

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -64,6 +65,11 @@ def clip_box(box: np.ndarray, height: int, width: int) -> tuple[np.ndarray | Non
         ValueError: a coordinate is not a finite number.
     """
     box = np.asarray(box, np.float32)
+    if box.shape == (4,):
+        x0, y0, x1, y1 = box.tolist()  # plain numbers: what is below takes ten times as long
+        inside = 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        if inside and math.copysign(1, x0) + math.copysign(1, y0) == 2:  # no -0.0, which becomes 0.0
+            return box, "kept"
     if box.shape != (4,) or not np.isfinite(box).all():
         raise ValueError(f"a box is four finite numbers x0 y0 x1 y1, not {box.tolist()}")
     if not (box[2:] > box[:2]).all():
@@ -103,7 +109,7 @@ def curate(example: GroundingExample) -> tuple[GroundingExample, Tally]:
             tally.dropped[fate] += 1
             continue
         tally.clipped += fate == "clipped"
-        regions.append(dataclasses.replace(region, box=box))
+        regions.append(region if box is region.box else dataclasses.replace(region, box=box))
         kept.append(position)
     example, _ = keep_regions(example, kept)
     return dataclasses.replace(example, regions=tuple(regions)), tally

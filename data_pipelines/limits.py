@@ -14,7 +14,7 @@ import pathlib
 import stat
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipelines.curate import SourceError
 
@@ -62,6 +62,7 @@ class Limits:
 
 
 _LIMITS: contextvars.ContextVar[Limits] = contextvars.ContextVar("limits", default=Limits())  # noqa: B039
+_FOLDERS: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("folders", default=None)
 
 
 def current_limits() -> Limits:
@@ -71,12 +72,16 @@ def current_limits() -> Limits:
 
 @contextlib.contextmanager
 def use_limits(limits: Limits) -> Iterator[Limits]:
-    """Makes other limits hold in the body of a `with` statement, in this thread."""
-    token = _LIMITS.set(limits)
+    """Makes other limits hold in the body of a `with` statement, in this thread.
+
+    Where folders lie after symbolic links are followed is looked up once in it.
+    """
+    token, folders = _LIMITS.set(limits), _FOLDERS.set({})
     try:
         yield limits
     finally:
         _LIMITS.reset(token)
+        _FOLDERS.reset(folders)
 
 
 def check_amount(amount: int | float, field: str, where: object, what: str) -> None:
@@ -148,13 +153,31 @@ def check_inside(root: str | os.PathLike, path: str | os.PathLike) -> pathlib.Pa
         SourceError: a link leads out of the folder and `Limits.follow_symlinks` does not allow that.
     """
     if not current_limits().follow_symlinks:
-        top, place = os.path.realpath(root), os.path.realpath(path)
+        top, place = _follow_folder(os.fspath(root)), _follow(os.fspath(path))
         if place != top and not place.startswith(os.path.join(top, "")):
             raise SourceError(
                 f"{path}: a symbolic link leads out of {root}; put the file itself there, or allow such links "
                 "(--limits follow_symlinks=true)"
             )
-    return pathlib.Path(path)
+    return path if isinstance(path, pathlib.Path) else pathlib.Path(path)
+
+
+def _follow(path: str) -> str:
+    """`os.path.realpath`, with what is known of the folder."""
+    folder, name = os.path.split(path)
+    if name in ("", os.curdir, os.pardir) or os.path.islink(path):
+        return os.path.realpath(path)
+    return os.path.join(_follow_folder(folder), name)
+
+
+def _follow_folder(folder: str) -> str:
+    """`os.path.realpath` of a folder, looked up once in the body of `use_limits`."""
+    known = _FOLDERS.get()
+    if known is None:
+        return os.path.realpath(folder)
+    if folder not in known:
+        known[folder] = os.path.realpath(folder)
+    return known[folder]
 
 
 def resolve_inside(root: str | os.PathLike, name: str, base: str | os.PathLike | None = None) -> pathlib.Path:
@@ -177,13 +200,15 @@ def resolve_inside(root: str | os.PathLike, name: str, base: str | os.PathLike |
         raise SourceError(f"{root}: the file name {name[:200]!r} in an annotation must be relative to the input folder")
     top = os.path.abspath(root)
     path = os.path.normpath(os.path.join(os.path.abspath(base), name))
-    if not path.startswith(os.path.join(top, "")):
+    inside = os.path.join(top, "")
+    if not path.startswith(inside):
         raise SourceError(f"{root}: the file name {name[:200]!r} in an annotation leaves the input folder")
-    return check_inside(root, pathlib.Path(root, os.path.relpath(path, top)))
+    return check_inside(root, pathlib.Path(root, path[len(inside) :]))
 
 
-def read_bytes(path: str | os.PathLike, field: str) -> bytes:
-    """Reads a file, if it is one and no larger than a limit.
+@contextlib.contextmanager
+def open_file(path: str | os.PathLike, field: str) -> Iterator[BinaryIO]:
+    """Opens a file to read it, if it is one and no larger than a limit.
 
     Args:
         path: of the file.
@@ -199,12 +224,21 @@ def read_bytes(path: str | os.PathLike, field: str) -> bytes:
             raise SourceError(f"{path}: is no regular file")
         check_amount(state.st_size, field, path, "bytes")
         with open(path, "rb") as file:
-            content = file.read(getattr(current_limits(), field) + 1)
+            yield file
     except FileNotFoundError:
         raise
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from None
-    check_amount(len(content), field, path, "bytes")  # it may have grown
+
+
+def read_bytes(path: str | os.PathLike, field: str) -> bytes:
+    """Reads a file, if it is one and no larger than a limit; arguments and errors as `open_file`."""
+    with open_file(path, field) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+        if len(content) > size:  # it has grown; Python reserves all the bytes that it is asked for
+            content += file.read(getattr(current_limits(), field) + 1 - len(content))
+    check_amount(len(content), field, path, "bytes")
     return content
 
 

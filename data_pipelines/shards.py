@@ -11,8 +11,6 @@ from data_pipelines.codec import encode_example
 from data_pipelines.schema import GroundingExample
 from data_pipelines.tfrecord import TFRecordWriter
 
-_HASHED_AT_ONCE = 2**20  # bytes
-
 
 def shard_name(name: str, split: str, file_format: str, index: int, count: int) -> str:
     """Returns TFDS's file name of a shard."""
@@ -25,16 +23,15 @@ def open_shard_writer(path: pathlib.Path, file_format: str) -> Any:
         return TFRecordWriter(path)
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    return ArrayRecordWriter(str(path), "group_size:1")
+    # Images are compressed already: doing it again makes shards 0.1 to 1.5 % smaller, and costs 0.25 ms an
+    # image of 160 kB.
+    return ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
 
 def hash_file(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file in hexadecimal digits."""
-    sha = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(_HASHED_AT_ONCE):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class SplitWriter:

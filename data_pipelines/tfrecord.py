@@ -30,7 +30,9 @@ class TFRecordWriter:
 
     def write(self, record: bytes) -> None:
         length = len(record).to_bytes(8, "little")
-        self._file.write(length + _FOOTER.pack(_masked_crc(length)) + record + _FOOTER.pack(_masked_crc(record)))
+        self._file.write(length + _FOOTER.pack(_masked_crc(length)))
+        self._file.write(record)  # by itself, so that it is not copied
+        self._file.write(_FOOTER.pack(_masked_crc(record)))
 
     def close(self) -> None:
         self._file.close()
@@ -73,8 +75,7 @@ def read_record(descriptor: int, offset: int, length: int) -> bytes:
     Raises:
         ValueError: the bytes do not match their checksum.
     """
-    framed = os.pread(descriptor, length + _FOOTER.size, offset)
-    record = framed[:length]
-    if len(framed) != length + _FOOTER.size or _FOOTER.unpack(framed[length:])[0] != _masked_crc(record):
+    record, footer = os.pread(descriptor, length, offset), os.pread(descriptor, _FOOTER.size, offset + length)
+    if len(footer) != _FOOTER.size or _FOOTER.unpack(footer)[0] != _masked_crc(record):
         raise ValueError(f"the record at byte {offset} does not match its checksum")
     return record

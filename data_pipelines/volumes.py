@@ -234,14 +234,24 @@ def plan_slices(labels: Labels, grid: Grid, rule: SliceRule) -> list[tuple[str, 
     """Returns the slices (plane, index) that the structures ask for (see `SliceRule`), plane by plane, rising."""
     chosen: dict[str, set[int]] = {plane: set() for plane in rule.planes if _shows_enough(plane, grid, rule)}
     for box, mask in _structures(labels):
+        counts = _count_in_slices(mask)
         for plane, indices in chosen.items():
             axis, (row, column) = PLANES[plane], grid.pixel_spacing(plane)
             areas = np.zeros(grid.shape[axis], int)
-            areas[box[axis]] = np.count_nonzero(mask, axis=tuple(PLANES[other] for other in PLANES if other != plane))
+            areas[box[axis]] = counts[axis]
             step = max(1, round(rule.step_mm / grid.spacing[axis]))
             least = max(rule.min_area_px * min(row, column) ** 2, rule.min_area_mm2) / (row * column)
             indices.update(_choose(areas, step, least, rule.max_slices))
     return [(plane, index) for plane, indices in chosen.items() for index in sorted(indices)]
+
+
+def _count_in_slices(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Voxels of a bool mask [A, B, C] in each slice along each axis: int[A], int[B], int[C]."""
+    voxels = np.ascontiguousarray(mask).view(np.uint8).reshape(-1, mask.shape[2])  # [A * B, C]
+    # A tenth of the time of np.count_nonzero along axes.
+    rows, last = (cv2.reduce(voxels, axis, cv2.REDUCE_SUM, dtype=cv2.CV_32S) for axis in (1, 0))
+    rows = rows.reshape(mask.shape[:2])
+    return rows.sum(axis=1), rows.sum(axis=0), last.ravel()
 
 
 def _shows_enough(plane: str, grid: Grid, rule: SliceRule) -> bool:
@@ -298,8 +308,10 @@ def resize_pixels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_labels(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[rows, columns] -> another size, each pixel from the one that its centre lies in."""
-    rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, pixels.shape, strict=True))
-    return pixels[rows[:, None], columns]
+    for axis, (n, m) in enumerate(zip(size, pixels.shape, strict=True)):
+        if n != m:
+            pixels = pixels.take(((np.arange(n) + 0.5) * m / n).astype(int), axis=axis)
+    return pixels
 
 
 def split_components(mask: np.ndarray, least: float = 0, one_by_one: bool = True) -> tuple[list[np.ndarray], int]:
@@ -313,13 +325,15 @@ def split_components(mask: np.ndarray, least: float = 0, one_by_one: bool = True
     Returns:
         (masks bool[H, W], number of components dropped).
     """
-    count, numbers, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    count, numbers, statistics, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=8)
     kept = statistics[:, cv2.CC_STAT_AREA] >= least
     kept[0] = False  # the background
     dropped = count - 1 - int(kept.sum())
     if one_by_one:
         return [numbers == number for number in np.flatnonzero(kept)], dropped
-    return [kept[np.asarray(numbers, np.intp)]] if kept.any() else [], dropped
+    if not kept.any():
+        return [], dropped
+    return [kept[np.asarray(numbers, np.intp)] if dropped else mask], dropped
 
 
 def choose_window(areas: Iterable[tuple[str, float]], site: str = "") -> str:
@@ -356,7 +370,9 @@ def percentile_range(values: np.ndarray, percentiles: tuple[float, float]) -> tu
 def apply_window(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     """Maps low to 0 and high to 255, values outside to the nearer of them and NaN to 0; returns uint8."""
     share = (np.asarray(pixels, np.float32) - low) / max(high - low, 1e-6)
-    return np.rint(255 * np.clip(np.nan_to_num(share), 0, 1)).astype(np.uint8)
+    np.fmin(np.fmax(share, 0, out=share), 1, out=share)  # of a number and NaN these take the number
+    share *= 255
+    return np.rint(share, out=share).astype(np.uint8)
 
 
 def window_limits(window: str) -> tuple[float, float]:

@@ -39,6 +39,12 @@ def test_clipped_box_is_the_box_inside_the_image_or_none(box, height, width):
         assert fate == ("kept" if overlap == box else "clipped")
 
 
+def test_box_at_the_edge_has_no_negative_zero():
+    box = np.asarray([-0.0, 0.0, 4, 5], np.float32)
+    clipped, fate = clip_box(box, 5, 4)
+    assert (np.asarray(clipped).tobytes(), fate) == (np.asarray([0, 0, 4, 5], np.float32).tobytes(), "kept")
+
+
 def test_curate_counts_what_it_clips_and_drops():
     boxes = [[0, 0, 5, 5], [-2, 0, 5, 5], [15, 5, 25, 12], [3, 3, 3, 9], [20, 0, 30, 5]]
     regions = tuple(Region(np.asarray(box, np.float32), f"p{i}", "l") for i, box in enumerate(boxes))

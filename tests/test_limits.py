@@ -229,6 +229,24 @@ def test_links_that_leave_the_folder_are_refused_unless_allowed(tmp_path, link):
         assert check_inside(tmp_path / "root", path) == path
 
 
+def test_folders_are_followed_once_and_files_each_time(tmp_path):
+    for folder in ("secret", "root/sub"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "a").write_text("a")
+    path = tmp_path / "root/sub/b"
+    with use_limits(Limits()):
+        check_inside(tmp_path / "root", tmp_path / "root/sub/a")
+        path.symlink_to(tmp_path / "secret/a")
+        with pytest.raises(SourceError, match="leads out"):
+            check_inside(tmp_path / "root", path)
+        with pytest.raises(SourceError, match="leads out"):
+            check_inside(tmp_path / "root", tmp_path / "root/sub/../../secret/a")
+        path.unlink()
+        (tmp_path / "root/link").symlink_to(tmp_path / "root")
+        with pytest.raises(SourceError, match="leads out"):
+            check_inside(tmp_path / "root", tmp_path / "root/link/..")
+
+
 def test_neighbour_with_a_longer_name_is_outside(tmp_path):
     (tmp_path / "root-other").mkdir()
     (tmp_path / "root").mkdir()

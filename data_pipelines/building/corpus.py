@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,12 @@ def _digest_data_set(recipe: Recipe, name: str, root: pathlib.Path, size: int, l
     return digest_plan(content, [] if data_set.source == PHANTOMS else [root / data_set.input])
 
 
+def _load(parts: Iterable[tuple[int, pathlib.Path]]) -> Iterator[tuple[int, Part]]:
+    """Loads parts one by one; together they would take as much memory as the rows made of them."""
+    for data_set, path in parts:
+        yield data_set, load_part(path, pictures=False)
+
+
 class _Build:
     """One build; its methods are the stages in their order."""
 
@@ -214,13 +220,11 @@ class _Build:
 
     def _read(self) -> Rows:
         """Reads what has not been read before; returns all examples."""
-        units = plan_units([len(source) for source in self._sources], self._unit_size)
+        borders = [getattr(source, "starts", ()) for source in self._sources]
+        units = plan_units([len(source) for source in self._sources], self._unit_size, borders)
         missing = [unit for unit in units if not is_read(unit, self._staging.parts[unit.data_set])]
         context = Reading(self._recipe, self._sources, tuple(self._staging.parts), self._limits)
         self._run_tasks(f"Reading {self._recipe.name}", read_unit, context, missing, len(units) - len(missing))
-        parts = [
-            (unit.data_set, load_part(unit.path(self._staging.parts[unit.data_set]), pictures=False)) for unit in units
-        ]
         self._skipped: dict[str, list[str]] = collections.defaultdict(list)
         self._totals: dict[str, dict[str, collections.Counter[str]]] = {
             name: collections.defaultdict(collections.Counter) for name in self._names
@@ -228,15 +232,19 @@ class _Build:
         for name, source in zip(self._names, self._sources, strict=True):
             self._totals[name]["notes"].update(getattr(source, "notes", {}))
         self._conflicts = ConflictReport()
-        for data_set, part in parts:
-            name = self._names[data_set]
-            if part.skipped:
-                self._skipped[name] += part.skipped
-            for kind in ("unmapped", "expressions", "notes"):
-                self._totals[name][kind].update(part.counts[kind])
-            self._conflicts += ConflictReport.from_dict(part.counts["conflicts"])
-        self._parts = parts
-        return gather(parts)
+        self._parts = [(unit.data_set, unit.path(self._staging.parts[unit.data_set])) for unit in units]
+        return gather(map(self._count, _load(self._parts)))
+
+    def _count(self, entry: tuple[int, Part]) -> tuple[int, Part]:
+        """Adds what a part counted to the totals."""
+        data_set, part = entry
+        name = self._names[data_set]
+        if part.skipped:
+            self._skipped[name] += part.skipped
+        for kind in ("unmapped", "expressions", "notes"):
+            self._totals[name][kind].update(part.counts[kind])
+        self._conflicts += ConflictReport.from_dict(part.counts["conflicts"])
+        return entry
 
     def _decide(self, rows: Rows) -> dict[str, Rows]:
         """Returns the examples of each split in the order of their records; images that are one are merged."""
@@ -251,7 +259,7 @@ class _Build:
             parts, replaced = self._merge(rows, decision.merged)
             order = np.asarray([replaced.get(row, row) for row in order.tolist()], np.int64)
             splits = decision.splits[decision.splits != ""]
-            rows = gather(parts).take(order)
+            rows = gather(_load(parts)).take(order)
         else:
             rows, splits = rows.take(order), decision.splits[order]
         found = {split: rows.take(np.flatnonzero(splits == split)) for split in np.unique(splits).tolist()}
@@ -261,7 +269,7 @@ class _Build:
             )
         return found
 
-    def _merge(self, rows: Rows, groups: list[list[int]]) -> tuple[list[tuple[int, Part]], dict[int, int]]:
+    def _merge(self, rows: Rows, groups: list[list[int]]) -> tuple[list[tuple[int, pathlib.Path]], dict[int, int]]:
         """Makes one example of each group of rows; returns all parts, and the row that takes the place of another."""
         folder = self._staging.folder / "parts-merged"
         folder.mkdir(exist_ok=True)
@@ -281,7 +289,7 @@ class _Build:
                     writer.finish()
                 finally:
                     writer.discard()
-                parts.append((data_set, load_part(path, pictures=False)))
+                parts.append((data_set, path))
         return parts, replaced
 
     def _merge_group(self, rows: Rows, group: list[int], reader: PartReader, writer: PartWriter) -> None:

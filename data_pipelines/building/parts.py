@@ -13,7 +13,8 @@ from data_pipelines.tfrecord import TFRecordWriter, read_record
 
 Entry = tuple[str, str, str, bool]  # phrase, label, granularity, is crowd
 
-_ARRAYS = {
+ARRAYS = {
+    "offsets": np.int64,
     "lengths": np.int64,
     "digests": np.uint64,
     "looks": np.uint64,
@@ -114,6 +115,7 @@ class PartWriter:
             "skipped": self.skipped,
         }
         columns = {
+            "offsets": self._offsets,
             "lengths": [row["length"] for row in rows],
             "digests": [row["digest"] for row in rows],
             "looks": [row["look"] for row in rows],
@@ -125,10 +127,9 @@ class PartWriter:
             "phrase_counts": [len(row["phrases"]) for row in rows],
             "phrases": [place for row in rows for place in row["phrases"]],
         }
-        arrays = {name: np.asarray(values, _ARRAYS[name]) for name, values in columns.items()}
+        arrays = {name: np.asarray(values, ARRAYS[name]) for name, values in columns.items()}
         # Texts may hold lone surrogates (file names of another encoding), which ASCII JSON keeps.
         arrays["texts"] = np.frombuffer(json.dumps(texts).encode("ascii"), np.uint8)
-        arrays["offsets"] = np.asarray(self._offsets, np.int64)
         with open(self._staging, "wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(self._staging, index_path(self._path))

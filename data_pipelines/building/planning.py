@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.building.parts import Entry, Part, load_part
+from data_pipelines.building.parts import ARRAYS, Entry, Part, load_part
 from data_pipelines.building.recipe import Recipe
 from data_pipelines.conflicts import find_keepers
 from data_pipelines.record_index import RecordIndex
@@ -17,6 +17,7 @@ from data_pipelines.splits import assign_splits, find_duplicates, group_examples
 
 _COLUMNS = ("part", "data_set", "offsets", "lengths", "digests", "looks", "annotations", "modalities", "held_out")
 _COLUMNS += ("clipped",)
+_GATHERED = {name: kind for name, kind in ARRAYS.items() if name != "thumbnails"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,38 +76,30 @@ class Rows:
         )
 
 
-def gather(parts: Sequence[tuple[int, Part]]) -> Rows:
-    """Joins parts, each with its data set's position in the recipe."""
+def gather(parts: Iterable[tuple[int, Part]]) -> Rows:
+    """Joins parts, each with its data set's position in the recipe; only one of them needs to be in memory."""
+    columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, kind)] for name, kind in _GATHERED.items()}
     vocabulary: dict[Entry, int] = {}
-    phrases, dropped, keys, start = [np.zeros(0, np.int64)], {}, [], 0
-    for _, part in parts:
+    paths, data_sets, sizes, keys, dropped = [], [], [], [], {}
+    for data_set, part in parts:
         places = [vocabulary.setdefault(entry, len(vocabulary)) for entry in part.vocabulary]
-        phrases.append(np.asarray(places, np.int64)[part.phrases])
-        dropped |= {start + row: reasons for row, reasons in part.dropped.items()}
+        dropped |= {len(keys) + row: reasons for row, reasons in part.dropped.items()}
         keys += part.keys
-        start += len(part)
-
-    def join(name: str, kind: Any) -> np.ndarray:
-        return np.concatenate([np.zeros(0, kind), *(getattr(part, name) for _, part in parts)])
-
-    sizes = [len(part) for _, part in parts]
+        paths.append(str(part.path))
+        data_sets.append(data_set)
+        sizes.append(len(part))
+        for name, pieces in columns.items():
+            pieces.append(np.asarray(places, np.int64)[part.phrases] if name == "phrases" else getattr(part, name))
+    joined = {name: np.concatenate(columns.pop(name)) for name in _GATHERED}
     return Rows(
-        paths=[str(part.path) for _, part in parts],
-        part=np.repeat(np.arange(len(parts)), sizes),
-        data_set=np.repeat(np.asarray([data_set for data_set, _ in parts], np.int64), sizes),
-        offsets=join("offsets", np.int64),
-        lengths=join("lengths", np.int64),
-        digests=join("digests", np.uint64),
-        looks=join("looks", np.uint64),
-        annotations=join("annotations", np.uint64),
-        modalities=join("modalities", np.int8),
-        held_out=join("held_out", bool),
-        clipped=join("clipped", np.int64),
-        starts=np.concatenate([[0], np.cumsum(join("phrase_counts", np.int64))]),
-        phrases=np.concatenate(phrases),
+        paths=paths,
+        part=np.repeat(np.arange(len(paths)), sizes),
+        data_set=np.repeat(np.asarray(data_sets, np.int64), sizes),
+        starts=np.concatenate([[0], np.cumsum(joined.pop("phrase_counts"))]),
         vocabulary=list(vocabulary),
         keys=keys,
         dropped=dropped,
+        **joined,
     )
 
 

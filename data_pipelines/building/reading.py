@@ -1,5 +1,6 @@
 """Reading a unit of a data set: examples as records hold them, and what planning must know about each."""
 
+import bisect
 import collections
 import dataclasses
 import hashlib
@@ -57,13 +58,27 @@ class Reading:
     limits: Limits
 
 
-def plan_units(sizes: Sequence[int], unit_size: int) -> list[Unit]:
-    """Cuts data sets of these sizes into units."""
-    return [
-        Unit(data_set, start, min(start + unit_size, size))
-        for data_set, size in enumerate(sizes)
-        for start in range(0, size, unit_size)
-    ]
+def plan_units(sizes: Sequence[int], unit_size: int, borders: Sequence[Sequence[int]] = ()) -> list[Unit]:
+    """Cuts data sets of these sizes into units.
+
+    Args:
+        sizes: of the data sets.
+        unit_size: examples of a unit, at most.
+        borders: for each data set places, rising, where a unit ends rather than elsewhere: a volume of which two units
+            have slices is read twice.
+    """
+    units = []
+    for data_set, size in enumerate(sizes):
+        places = borders[data_set] if borders else ()
+        start = 0
+        while start < size:
+            stop = min(start + unit_size, size)
+            place = bisect.bisect_right(places, stop) - 1
+            if stop < size and place >= 0 and places[place] > start:
+                stop = places[place]
+            units.append(Unit(data_set, start, stop))
+            start = stop
+    return units
 
 
 def is_read(unit: Unit, folder: pathlib.Path) -> bool:

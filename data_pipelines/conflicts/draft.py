@@ -3,8 +3,11 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from data_pipelines.conflicts.outlines import find_overlaps, measure_boxes
 from data_pipelines.conflicts.rules import Conflict, ConflictRules
-from data_pipelines.conflicts.structures import names_side
+from data_pipelines.conflicts.structures import find_key, names_side
 from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.sides import swap_sides_with_spans
 
@@ -29,6 +32,9 @@ class Draft:
         self._regions: list[Region | None] = list(example.regions)
         self._places = list(range(len(example.regions)))  # where each region is now, -1 where it is gone
         self._expressions = list(example.expressions)
+        # What was measured of the regions, as long as they stay as they are.
+        self._boxes: np.ndarray | None = None
+        self._overlaps: list[tuple[int, int, float]] | None = None
 
     @property
     def live(self) -> list[int]:
@@ -45,6 +51,29 @@ class Draft:
         """Returns the regions at these positions."""
         return [self[k] for k in positions]
 
+    def measure(self, positions: Sequence[int]) -> np.ndarray:
+        """Returns `outlines.measure_boxes` of the regions at these positions, float64[K, 4]."""
+        if self._boxes is None:
+            live = self.live
+            self._boxes = np.zeros((len(self._regions), 4))
+            self._boxes[live] = measure_boxes(self.take(live))
+        return self._boxes[positions]
+
+    def find_overlaps(self, least: float, least_across: float) -> list[tuple[int, int, float]]:
+        """Returns (i, j, IoU) of the pairs of regions i < j, crowds apart, whose IoU is at least `least`, or
+        `least_across` where their labels are of two structures; always call it with the same numbers."""
+        if self._overlaps is None:
+            live = [k for k in self.live if not self[k].iscrowd]
+            regions = self.take(live)
+            codes: dict[str, int] = {}
+            groups = np.asarray([codes.setdefault(find_key(region.label), len(codes)) for region in regions])
+            found = find_overlaps(regions, self.measure(live), groups, least, least_across)
+            self._overlaps = [(live[i], live[j], iou) for i, j, iou in found]
+        return self._overlaps
+
+    def _forget(self) -> None:
+        self._boxes = self._overlaps = None
+
     def note(self, kind: str, labels: Sequence[str], detail: str, rule: str = "") -> None:
         """Records a conflict; `rule` where it is not the one of its kind."""
         rule = rule or self.rules.of(kind)
@@ -54,12 +83,15 @@ class Draft:
     def replace(self, position: int, **fields) -> None:
         """Gives a region other fields."""
         self._regions[position] = dataclasses.replace(self[position], **fields)
+        if not {"box", "mask", "label"}.isdisjoint(fields):
+            self._forget()
 
     def drop(self, positions: Iterable[int]) -> None:
         """Takes regions away; the texts that ground to them go too."""
         for k in positions:
             spans = self[k].spans
             self._regions[k] = None
+            self._forget()
             self._places = [-1 if place == k else place for place in self._places]
             self.changed = True
             if self.caption and spans:
@@ -71,6 +103,7 @@ class Draft:
         if spans != self[into].spans:
             self.replace(into, spans=spans)
         self._regions[position] = None
+        self._forget()
         self._places = [into if place == position else place for place in self._places]
         self.changed = True
 

@@ -37,14 +37,22 @@ def _share_boxes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.prod(np.maximum(sides, 0), axis=-1)
 
 
-def find_overlaps(regions: Sequence[Region], least: float) -> list[tuple[int, int, float]]:
-    """Returns (i, j, IoU) of the pairs i < j whose IoU is at least `least`.
+def find_overlaps(
+    regions: Sequence[Region], boxes: np.ndarray, groups: np.ndarray, least: float, least_across: float
+) -> list[tuple[int, int, float]]:
+    """Returns (i, j, IoU) of the pairs i < j whose IoU is large enough.
 
     It is the masks' where both have one, else the boxes'. Masks are compared only where boxes and areas allow it.
+
+    Args:
+        regions: K of them.
+        boxes: float64[K, 4], their `measure_boxes`.
+        groups: int[K].
+        least: IoU of pairs of one group.
+        least_across: IoU of pairs of two groups.
     """
     if len(regions) < 2:
         return []
-    boxes = measure_boxes(regions)
     box_areas = _measure_areas(boxes)
     areas = box_areas.copy()
     masked = np.asarray([region.mask is not None for region in regions])
@@ -59,26 +67,28 @@ def find_overlaps(regions: Sequence[Region], least: float) -> list[tuple[int, in
         most = np.minimum(shared, np.minimum(areas[rows, None], areas))
         bound = most / np.maximum(areas[rows, None] + areas - most, 1e-9)
         both = masked[rows, None] & masked
-        for row, column in np.argwhere(np.where(both, bound, by_boxes) >= least).tolist():
+        needed = np.where(groups[rows, None] == groups, least, least_across)
+        for row, column in np.argwhere(np.where(both, bound, by_boxes) >= needed).tolist():
             i, j = row + start, column
             if i >= j:
                 continue
             iou = by_boxes[row, column]
             if both[row, column]:
                 iou = coco_mask.iou([regions[i].mask], [regions[j].mask], [0])[0, 0]  # type: ignore[arg-type]
-            if iou >= least:
+            if iou >= needed[row, column]:
                 found.append((i, j, float(iou)))
     return found
 
 
-def measure_inside(inner: Sequence[Region], outer: Sequence[Region]) -> np.ndarray:
+def measure_inside(
+    inner: Sequence[Region], outer: Sequence[Region], boxes: np.ndarray, outer_boxes: np.ndarray
+) -> np.ndarray:
     """Returns float64[len(inner)]: the share of each inner outline that the outer ones cover together, at most 1.
 
-    It is the masks' where all have one, else the boxes'. Label maps cut the inner structure out of the outer one: where
-    the masks have nothing in common the boxes count.
+    It is the masks' where all have one, else the boxes' (`measure_boxes` of both). Label maps cut the inner structure
+    out of the outer one: where the masks have nothing in common the boxes count.
     """
-    boxes, outer_boxes = measure_boxes(inner), measure_boxes(outer)
-    shares = _share_boxes(boxes, outer_boxes).sum(axis=1) / np.maximum(_measure_areas(boxes), 1e-9)
+    shares = np.zeros(len(inner))  # by masks
     masked = [k for k, region in enumerate(inner) if region.mask]
     if masked and all(region.mask for region in outer):
         # COCO's measure for crowds: what is shared over the area of the first.
@@ -87,8 +97,11 @@ def measure_inside(inner: Sequence[Region], outer: Sequence[Region]) -> np.ndarr
             [region.mask for region in outer],  # type: ignore[arg-type]
             [1] * len(outer),
         )
-        by_masks = np.asarray(overlaps).reshape(len(masked), len(outer)).sum(axis=1)
-        shares[masked] = np.where(by_masks < _CUT_OUT, shares[masked], by_masks)
+        shares[masked] = np.asarray(overlaps).reshape(len(masked), len(outer)).sum(axis=1)
+    apart = shares < _CUT_OUT
+    if apart.any():
+        by_boxes = _share_boxes(boxes, outer_boxes).sum(axis=1) / np.maximum(_measure_areas(boxes), 1e-9)
+        shares[apart] = by_boxes[apart]
     return np.minimum(shares, 1)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipelines.conflicts.draft import Draft
 from data_pipelines.conflicts.laterality import find_swapped
-from data_pipelines.conflicts.outlines import combine, find_overlaps, join_pairs, measure_boxes, measure_inside
+from data_pipelines.conflicts.outlines import combine, join_pairs, measure_inside
 from data_pipelines.conflicts.rules import Conflict, ConflictRules
 from data_pipelines.conflicts.structures import (
     are_related,
@@ -158,7 +158,7 @@ def _fit_boxes(draft: Draft) -> None:
     if not masked:
         return
     regions = draft.take(masked)
-    fitted = measure_boxes(regions)
+    fitted = draft.measure(masked)
     given = np.asarray([region.box for region in regions], np.float64)
     off = np.abs(fitted - given).max(axis=1)
     empty = (fitted[:, 2:] <= fitted[:, :2]).any(axis=1)
@@ -170,12 +170,12 @@ def _fit_boxes(draft: Draft) -> None:
 
 def _unite(draft: Draft) -> None:
     """Finds outlines of one structure that were made several times."""
-    groups: dict[str, list[int]] = {}
-    for k in draft.live:
-        if not draft[k].iscrowd:
-            groups.setdefault(find_key(draft[k].label), []).append(k)
-    for group in groups.values():
-        pairs = [(group[i], group[j], iou) for i, j, iou in find_overlaps(draft.take(group), OVERLAP_IOU)]
+    groups: dict[str, list[tuple[int, int, float]]] = {}
+    for i, j, iou in draft.find_overlaps(OVERLAP_IOU, SAME_IOU):
+        key = find_key(draft[i].label)
+        if key == find_key(draft[j].label):
+            groups.setdefault(key, []).append((i, j, iou))
+    for pairs in groups.values():
         for members in join_pairs(pairs):
             inside = set(members)
             _unite_members(draft, members, [pair for pair in pairs if pair[0] in inside])
@@ -220,20 +220,16 @@ def _unite_members(draft: Draft, members: list[int], pairs: list[tuple[int, int,
 
 def _compare_labels(draft: Draft) -> None:
     """Finds one outline with two labels that have nothing to do with each other."""
-    live = [k for k in draft.live if not draft[k].iscrowd]
-    regions = draft.take(live)
-    if len({find_key(region.label) for region in regions}) < 2:
-        return
     dropped: set[int] = set()
-    for i, j, iou in find_overlaps(regions, SAME_IOU):
-        a, b = regions[i], regions[j]
-        if are_related(a, b) or np.abs(a.box - b.box).max() > _SAME_BOX:
+    for i, j, iou in draft.find_overlaps(OVERLAP_IOU, SAME_IOU):
+        a, b = draft[i], draft[j]
+        if iou < SAME_IOU or are_related(a, b) or np.abs(a.box - b.box).max() > _SAME_BOX:
             continue
         draft.note("two_labels", (a.label, b.label), f"IoU {iou:.2f}")
         if draft.rules.two_labels == "drop":
-            dropped |= {live[i], live[j]}
-        elif draft.rules.two_labels == "keep_first" and live[i] not in dropped:
-            dropped.add(live[j])
+            dropped |= {i, j}
+        elif draft.rules.two_labels == "keep_first" and i not in dropped:
+            dropped.add(j)
     draft.drop(sorted(dropped))
 
 
@@ -274,7 +270,7 @@ def _relate(draft: Draft) -> None:
         for k in places:
             if draft[k].parent != parent:
                 draft.replace(k, parent=parent)
-        inside = measure_inside(draft.take(places), outer)
+        inside = measure_inside(draft.take(places), outer, draft.measure(places), draft.measure(present[holder]))
         outside = np.flatnonzero(inside < _LEAST_INSIDE).tolist()
         if outside:
             seen = f"{len(outside)} of {len(places)} regions of {key}; the farthest is {min(inside):.0%} inside"

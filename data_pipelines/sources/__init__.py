@@ -10,6 +10,7 @@ A source is a class that takes (folder, dataset=, modality=) and can be pickled.
     OPTIONS                   {name: type} of further keywords that a user may set, each with a default
     SUPERSEDES                names of sources whose layout its own refines: where both match, it is the one
     EXHAUSTIVE                False if it does not mark all that its labels name: what has no box may be there
+    starts                    places of the first examples of what is read at once (volumes): no two processes share it
 
 A layout that only its options tell, such as patterns of names, never matches: it has to be asked for by name.
 

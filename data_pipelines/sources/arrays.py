@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_pipelines import limits
-from data_pipelines.curate import SourceError, box_from_mask, make_region
+from data_pipelines.curate import SourceError, make_region
 from data_pipelines.images import encode_png
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.colored_masks import BACKGROUND
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 from data_pipelines.sources.patterns import Pair, pair_files
 
 _NUMBERS = "buif"  # kinds of NumPy types
@@ -157,4 +157,4 @@ def _read_instances(masks: np.ndarray, channels: Sequence[str], where: str) -> I
                 raise SourceError(f"{where}: channel {channel} ({name}) holds {value}, expected numbers of instances")
             if value:
                 mask = values == value
-                yield make_region(name, box_from_mask(mask), mask=encode_mask(mask))
+                yield make_region(name, **outline(mask))

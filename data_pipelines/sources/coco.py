@@ -1,5 +1,6 @@
 """COCO: one JSON file of images, annotations and categories; also captions with spans, as MDETR's data have them."""
 
+import array
 import collections
 import os
 import pathlib
@@ -12,9 +13,11 @@ from pycocotools import mask as coco_mask
 from data_pipelines import limits
 from data_pipelines.curate import SourceError, clean_name, hash_patient, make_region, name_region
 from data_pipelines.images import store_image
+from data_pipelines.json_lists import load_places, read_members
 from data_pipelines.schema import GroundingExample, Region
 
 _HEAD = 2**16  # characters looked at to tell whether a file is COCO
+_LISTS = ("images", "annotations", "categories")
 
 
 def _list_json(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -42,7 +45,8 @@ class COCO(Sequence[GroundingExample]):
     image has a `caption`, an annotation's `tokens_positive` ([[start, end], ...], half-open characters) are its
     phrase, as in MDETR's final_flickr_separateGT and final_mixed. An image's id is its file name without suffix, with
     its COCO id after it where several entries share the file; those stay in one split. `patient_id` of an image is
-    hashed, and LVIS's `neg_category_ids` become `absent`.
+    hashed, and LVIS's `neg_category_ids` become `absent`. Of the JSON file only places are kept: an image's entries are
+    read again when it is asked for.
     """
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
@@ -57,32 +61,51 @@ class COCO(Sequence[GroundingExample]):
         parent = self._path.parent
         self._root = parent.parent if parent.name == "annotations" else parent
         limits.check_inside(self._root, self._path)
-        content = limits.read_json(self._path, "annotation_bytes")
+        self._read_file()
+        self._folders = list(_image_folders(self._root))
+        self.unused: list[str] = []
+
+    def _read_file(self) -> None:
+        """Finds where the entries of the images and their annotations lie in the file, which may have millions.
+
+        Raises:
+            SourceError: the file is no COCO.
+        """
+        self._names: dict[Any, str] = {}
+        codes: dict[Any, int] = {}  # of image ids, which either list may name first
+        places, owners = {key: array.array("q") for key in _LISTS}, {key: array.array("q") for key in _LISTS}
+        stems: collections.Counter[str] = collections.Counter()
         try:
-            self._images: list[dict[str, Any]] = content["images"]
-            self._names: dict[Any, str] = {int(c["id"]): str(c["name"]) for c in content.get("categories", [])}
-            self._annotations: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
-            for annotation in content["annotations"]:
-                self._annotations[annotation["image_id"]].append(annotation)
-            stems = [os.path.splitext(str(image.get("file_name") or ""))[0] for image in self._images]
-            ids = [image["id"] for image in self._images]
-            known = set(ids)
+            for key, entry, start, stop in read_members(self._path, _LISTS, "annotation_bytes", ("categories",)):
+                if key == "categories":
+                    self._names[int(entry["id"])] = str(entry["name"])
+                    continue
+                if key == "images":
+                    stems[_stem(entry)] += 1
+                owner = entry["id" if key == "images" else "image_id"]
+                owners[key].append(codes.setdefault(owner, len(codes)))
+                places[key].extend((start, stop))
+        except SourceError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise SourceError(
                 f"{self._path}: not COCO: lists 'images' (id, file_name), 'annotations' (image_id) and "
                 f"'categories' (id, name) are expected; the problem is {error!r}"
             ) from None
-        if not ids:
+        images, annotated = (np.asarray(owners[key], np.int64) for key in _LISTS[:2])
+        if not len(images):
             raise SourceError(f"{self._path}: names no images")
-        if len(known) != len(ids):
+        if len(np.unique(images)) != len(images):
             raise SourceError(f"{self._path}: several images have the same id")
-        if strangers := set(self._annotations) - known:
-            raise SourceError(
-                f"{self._path}: annotations of image id {min(strangers, key=str)}, which is not in 'images'"
-            )
-        self._stems, self._uses = stems, collections.Counter(stems)
-        self._folders = list(_image_folders(self._root))
-        self.unused: list[str] = []
+        if strangers := set(np.setdiff1d(annotated, images).tolist()):
+            unknown = min((id_ for id_, code in codes.items() if code in strangers), key=str)
+            raise SourceError(f"{self._path}: annotations of image id {unknown}, which is not in 'images'")
+        order = np.argsort(annotated, kind="stable")
+        self._images = np.asarray(places["images"], np.int64).reshape(-1, 2)
+        self._annotations = np.asarray(places["annotations"], np.int64).reshape(-1, 2)[order]
+        # Annotations of image i are those from bounds[i, 0] to bounds[i, 1].
+        self._bounds = np.stack([np.searchsorted(annotated[order], images, side) for side in ("left", "right")], axis=1)
+        self._shared = {stem for stem, uses in stems.items() if uses > 1}
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
@@ -93,11 +116,14 @@ class COCO(Sequence[GroundingExample]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
-        entry, stem = self._images[index], self._stems[index]
+        start, stop = self._bounds[index].tolist()
+        places = [self._images[index].tolist(), *self._annotations[start:stop].tolist()]
+        entry, *annotations = load_places(self._path, places)
+        stem = _stem(entry)
         where = f"{self._path}, image id {entry['id']}"
         size = _read_size(entry, where)
         image = store_image(self._find_image(entry.get("file_name"), where), size if all(size) else None, self._root)
-        shared = self._uses[stem] > 1
+        shared = stem in self._shared
         group = str(entry.get("patient_id") or (stem if shared else ""))
         caption = entry.get("caption") or ""
         if not isinstance(caption, str):
@@ -112,8 +138,7 @@ class COCO(Sequence[GroundingExample]):
             modality=self._modality,
             caption=caption,
             regions=tuple(
-                self._read_region(annotation, caption, (image.height, image.width))
-                for annotation in self._annotations.get(entry["id"], ())
+                self._read_region(annotation, caption, (image.height, image.width)) for annotation in annotations
             ),
             absent=tuple(name_region(self._category(c, where))["label"] for c in entry.get("neg_category_ids", ())),
         )
@@ -161,6 +186,10 @@ class COCO(Sequence[GroundingExample]):
             ) from None
 
 
+def _stem(entry: dict[str, Any]) -> str:
+    return os.path.splitext(str(entry.get("file_name") or ""))[0]
+
+
 def _read_size(entry: dict[str, Any], where: str) -> tuple[int, int]:
     """Height and width that an image's entry gives, zeros where it does not."""
     sides = [entry.get(name) or 0 for name in ("height", "width")]
@@ -205,7 +234,8 @@ def encode_segmentation(segmentation: Any, size: tuple[int, int], where: str) ->
                 corners = np.asarray(polygon, np.float64)
                 if not (np.abs(corners - max(size) / 2) <= 1.5 * max(size)).all():
                     raise ValueError("its corners are far outside the image")
-            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+            parts = coco_mask.frPyObjects(segmentation, *size)
+            encoded = parts[0] if len(parts) == 1 else coco_mask.merge(parts)
         elif tuple(segmentation["size"]) != size:  # before it is decoded
             encoded = segmentation
         elif isinstance(segmentation["counts"], list):

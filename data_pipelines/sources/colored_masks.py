@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import limits
-from data_pipelines.curate import SourceError, box_from_mask, clean_name, make_region
+from data_pipelines.curate import SourceError, clean_name, make_region
 from data_pipelines.images import describe, is_image, list_images, read_label_map, store_image
 from data_pipelines.schema import GroundingExample, Region
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 from data_pipelines.volumes import counts_components, split_components
 
 TABLES = ("labels.json", "classes.csv", "label_colors.txt")
@@ -39,7 +39,7 @@ class Entry:
             return
         one_by_one = self.regions == "component" or (not self.regions and counts_components(self.name))
         for part in split_components(mask, one_by_one=one_by_one)[0]:
-            yield make_region(self.name, box_from_mask(part), mask=encode_mask(part))
+            yield make_region(self.name, **outline(part))
 
 
 def _find_table(folder: pathlib.Path) -> pathlib.Path | None:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipelines import limits
-from data_pipelines.curate import SourceError, box_from_mask, clean_name, make_region
+from data_pipelines.curate import SourceError, clean_name, make_region
 from data_pipelines.images import is_image, list_images, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 
 _CLASS = "class.txt"
 _BOWL_ID = re.compile(r"[0-9a-f]{64}")  # the Bowl's folders, all of nuclei
@@ -84,4 +84,4 @@ class InstanceFolders(Sequence[GroundingExample]):
 
     def _read_instance(self, name: str, path: pathlib.Path, size: tuple[int, int]) -> Region:
         mask: np.ndarray = read_mask(path, size, self._folder)
-        return make_region(name, box_from_mask(mask), mask=encode_mask(mask))
+        return make_region(name, **outline(mask))

@@ -2,18 +2,29 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipelines.curate import SourceError, box_from_mask, find_modality, make_region
+from data_pipelines.curate import SourceError, find_modality, make_region
 from data_pipelines.images import describe, list_images, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
 
 
 def encode_mask(mask: np.ndarray) -> dict:
     """Returns the compressed COCO run-length encoding of a bool[H, W] mask."""
-    return dict(coco_mask.encode(np.asfortranarray(mask, np.uint8)))
+    return dict(coco_mask.encode(np.asfortranarray(mask, bool).view(np.uint8)))
+
+
+def outline(mask: np.ndarray) -> dict[str, Any]:
+    """Returns box and mask of a bool[H, W] mask, as keyword arguments of `curate.make_region`; as `box_from_mask`.
+
+    The box is found in the run lengths, which are shorter than the mask.
+    """
+    runs = encode_mask(mask)
+    x, y, width, height = coco_mask.toBbox(runs).tolist()  # type: ignore[arg-type]
+    return {"box": np.asarray([x, y, x + width, y + height], np.float32), "mask": runs}
 
 
 def _has_folders(folder: pathlib.Path) -> bool:
@@ -33,7 +44,8 @@ class MaskFolder(Sequence[GroundingExample]):
         if not _has_folders(folder):
             raise SourceError(f"{folder}: expected the folders images/ and masks/ in it")
         images, masks = list_images(folder / "images"), list_images(folder / "masks")
-        owned: dict[str, list[tuple[str, pathlib.Path]]] = {}
+        # Names rather than paths, which take four times the memory and go to every worker.
+        owned: dict[str, list[str]] = {}
         self.unused: list[str] = []
         for stem, path in masks.items():
             cuts = (place for place in range(len(stem) - 1, 0, -1) if stem[place] == "_")
@@ -41,7 +53,7 @@ class MaskFolder(Sequence[GroundingExample]):
             if owner is None:
                 self.unused.append(str(path))
             else:
-                owned.setdefault(owner, []).append((stem[len(owner) + 1 :].replace("+", " "), path))
+                owned.setdefault(owner, []).append(stem[len(owner) + 1 :] + path.suffix)
         if not owned:
             found = f"only {describe(masks.values())}" if masks else "none"
             raise SourceError(
@@ -50,7 +62,7 @@ class MaskFolder(Sequence[GroundingExample]):
                 "names are what the source paired_masks reads"
             )
         self.unused += [str(path) for stem, path in images.items() if stem not in owned]
-        self._items = [(stem, images[stem], owned[stem]) for stem in images if stem in owned]
+        self._items = [(stem, path.suffix, tuple(owned[stem])) for stem, path in images.items() if stem in owned]
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
@@ -64,11 +76,11 @@ class MaskFolder(Sequence[GroundingExample]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
-        stem, path, masks = self._items[index]
+        stem, suffix, masks = self._items[index]
         parts = stem.rsplit("/", 1)[-1].split("_")
         modality = find_modality(parts[1]) if len(parts) > 2 else ""
         site = " ".join(parts[2:]) if modality else ""
-        image = store_image(path, root=self._folder)
+        image = store_image(self._folder / "images" / f"{stem}{suffix}", root=self._folder)
         size = (image.height, image.width)
         return GroundingExample(
             image=image.encoded,
@@ -77,13 +89,15 @@ class MaskFolder(Sequence[GroundingExample]):
             height=image.height,
             width=image.width,
             modality=modality or self._modality,
-            regions=tuple(_read_region(phrase, mask, site, size, self._folder) for phrase, mask in masks),
+            regions=tuple(self._read_region(f"{stem}_", mask, site, size) for mask in masks),
         )
 
-
-def _read_region(phrase: str, path: pathlib.Path, site: str, size: tuple[int, int], root: pathlib.Path) -> Region:
-    mask = read_mask(path, size, root)
-    try:
-        return make_region(phrase, box_from_mask(mask), site, mask=encode_mask(mask))
-    except SourceError as error:
-        raise SourceError(f"{path}: {error}") from None
+    def _read_region(self, start: str, mask: str, site: str, size: tuple[int, int]) -> Region:
+        """Reads the region of masks/{start}{mask}, where `mask` is the phrase and the suffix."""
+        phrase = mask[: mask.rindex(".")].replace("+", " ")
+        path = self._folder / "masks" / f"{start}{mask}"
+        pixels = read_mask(path, size, self._folder)
+        try:
+            return make_region(phrase, site=site, **outline(pixels))
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}") from None

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from data_pipelines import limits
-from data_pipelines.curate import SourceError, box_from_mask, find_modality, hash_patient, make_region
+from data_pipelines.curate import SourceError, find_modality, hash_patient, make_region
 from data_pipelines.images import is_image, read_mask, store_image
 from data_pipelines.schema import GroundingExample, Region
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 
 _PAIRS = ("SAMed2D_v1.json", "image2label*.json", "label2image*.json")
 _CLASSES = "SAMed2D_v1_class_mapping_id.json"
@@ -160,6 +160,6 @@ class SAMed2D(Sequence[GroundingExample]):
             raise SourceError(f"{path}: {self._classes_file} has no class {found[1]} of {subset}")
         mask: np.ndarray = read_mask(self._check_inside(path), size)
         try:
-            return make_region(name, box_from_mask(mask), mask=encode_mask(mask))
+            return make_region(name, **outline(mask))
         except SourceError as error:
             raise SourceError(f"{path}: {error}") from None

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data_pipelines.curate import SourceError, box_from_mask, find_modality, hash_patient, make_region
+from data_pipelines.curate import SourceError, find_modality, hash_patient, make_region
 from data_pipelines.images import read_mask
 from data_pipelines.schema import Expression, GroundingExample, Region
 from data_pipelines.sources.coco import encode_segmentation
 from data_pipelines.sources.image_folder import ImageFolder, stem_of
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 from data_pipelines.sources.tables import list_tables, peek_keys, pick, read_records, root_of
 
 # Keys as `fold_name` leaves them; the first that a record has counts.
@@ -141,8 +141,8 @@ class Triplets(Sequence[GroundingExample]):
         name = str(pick(part, _NAME) or _UNNAMED)
         fields: dict[str, Any] = {}
         if isinstance(region, str):
-            mask = read_mask(self._images.find(region, where), size, self._images.root)
-            box, fields["mask"] = box_from_mask(mask), encode_mask(mask)
+            fields = outline(read_mask(self._images.find(region, where), size, self._images.root))
+            box = fields.pop("box")
         elif isinstance(region, dict) or isinstance(region[0], list):
             fields["mask"] = encode_segmentation(region, size, where)
             x, y, width, height = coco_mask.toBbox(fields["mask"]).tolist()  # type: ignore[arg-type]

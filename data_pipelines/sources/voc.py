@@ -1,6 +1,8 @@
 """Pascal VOC: one XML file an image, boxes as 1-based pixels with both corners inside."""
 
+import functools
 import math
+import os
 import pathlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -17,13 +19,12 @@ ANNOTATION_FOLDERS = ("Annotations", "annotations", "")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def _list_annotations(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """XML files by their relative path without suffix."""
-    for name in ANNOTATION_FOLDERS:
-        paths = limits.list_files(folder / name, ".xml")
-        if paths:
-            return {path.relative_to(folder / name).with_suffix("").as_posix(): path for path in paths}
-    return {}
+def _list_annotations(folder: pathlib.Path) -> tuple[pathlib.Path, list[str]]:
+    """Returns the folder of the XML files, and their paths relative to it."""
+    for place in (folder / name for name in ANNOTATION_FOLDERS):
+        if paths := limits.list_files(place, ".xml"):
+            return place, [path.relative_to(place).as_posix() for path in paths]
+    return folder, []
 
 
 def _number(element: ElementTree.Element, name: str, path: pathlib.Path) -> float:
@@ -57,28 +58,31 @@ class PascalVOC(Sequence[GroundingExample]):
 
     def __init__(self, folder: pathlib.Path, *, dataset: str, modality: str = "unknown"):
         self._dataset, self._modality, self._folder = dataset, modality, folder
-        self._annotations = list(_list_annotations(folder).items())
+        # Names rather than paths, which take four times the memory and go to every worker.
+        self._place, self._annotations = _list_annotations(folder)
         if not self._annotations:
             raise SourceError(f"{folder}: no .xml files in it or in its Annotations/ folder")
         images: dict[str, pathlib.Path] = {}
         for name in IMAGE_FOLDERS:
-            if images := list_images(folder / name):
+            self._image_folder = folder / name
+            if images := list_images(self._image_folder):
                 break
         if not images:
             raise SourceError(f"{folder}: no images in it or in its JPEGImages/ folder")
-        self._images = images
-        self._by_name = {path.name: path for path in images.values()}
-        self.unused = [str(path) for stem, path in images.items() if stem not in dict(self._annotations)]
+        self._suffixes = {stem: path.suffix for stem, path in images.items()}
+        annotated = {os.path.splitext(name)[0] for name in self._annotations}
+        self.unused = [str(path) for stem, path in images.items() if stem not in annotated]
 
     @staticmethod
     def matches(folder: pathlib.Path) -> bool:
-        return folder.is_dir() and bool(_list_annotations(folder))
+        return folder.is_dir() and bool(_list_annotations(folder)[1])
 
     def __len__(self) -> int:
         return len(self._annotations)
 
     def __getitem__(self, index: int) -> GroundingExample:  # type: ignore[override]
-        image_id, path = self._annotations[index]
+        name = self._annotations[index]
+        image_id, path = os.path.splitext(name)[0], self._place / name
         limits.check_inside(self._folder, path)
         try:
             content = limits.read_bytes(path, "image_annotation_bytes")
@@ -105,10 +109,15 @@ class PascalVOC(Sequence[GroundingExample]):
 
     def _find_image(self, image_id: str, root: ElementTree.Element, path: pathlib.Path) -> pathlib.Path:
         file_name = (root.findtext("filename") or "").strip()
-        found = self._images.get(image_id) or self._by_name.get(pathlib.PurePath(file_name).name)
-        if found is None:
+        stem = image_id if image_id in self._suffixes else self._by_name.get(pathlib.PurePath(file_name).name)
+        if stem is None:
             raise SourceError(f"{path}: there is no image {image_id}.* nor {file_name!r}")
-        return found
+        return self._image_folder / f"{stem}{self._suffixes[stem]}"
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, str]:
+        """Stems by the names of the images in whatever folder, for annotations that are called otherwise."""
+        return {f"{stem.rsplit('/', 1)[-1]}{suffix}": stem for stem, suffix in self._suffixes.items()}
 
 
 def _read_object(element: ElementTree.Element, path: pathlib.Path) -> Region:

@@ -16,14 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from data_pipelines import taxonomy, volumes
-from data_pipelines.curate import SourceError, box_from_mask, make_region
+from data_pipelines.curate import SourceError, make_region
 from data_pipelines.schema import GroundingExample
-from data_pipelines.sources.masks import encode_mask
+from data_pipelines.sources.masks import outline
 from data_pipelines.volumes import Grid, Labels, SliceRule, Volume
 
 _PLAN_VERSION = 1  # of the choice of slices: a higher one leaves older plans unused
 _WORKERS = 4  # threads that read labels when a source is opened; each holds those of one case
 
+Part = tuple[str, tuple[slice, ...], np.ndarray]  # name, box in the slice, bool mask in the box
 Slices = list[tuple[str, int, int]]  # plane, index, and the number of components that are too small
 
 
@@ -131,6 +132,7 @@ class VolumeSource(Sequence[GroundingExample]):
     Attributes:
         unused: files without counterpart, and cases without a region that is large enough.
         notes: what is worth knowing about the files, with the number of files that it is true of.
+        starts: place of the first slice of each case.
     """
 
     OPTIONS: ClassVar[dict[str, Any]] = {"plans": str}
@@ -159,10 +161,12 @@ class VolumeSource(Sequence[GroundingExample]):
         self.unused = list(unused)
         self.notes = collections.Counter(notes)
         self._items: list[tuple[Case, str, int] | SourceError] = []
+        self.starts: list[int] = []
         self._too_small = 0
         self._current: tuple[Case, Volume, Labels, tuple[float, float]] | None = None
         cases = list(cases)
         for case, slices in zip(cases, self._plan_all(cases, plans), strict=True):
+            self.starts.append(len(self._items))
             if isinstance(slices, SourceError):
                 self._items.append(slices)
                 continue
@@ -191,8 +195,8 @@ class VolumeSource(Sequence[GroundingExample]):
             labels, grid = case.read_labels()
             slices = []
             for plane, index in volumes.plan_slices(labels, grid, self._rule):
-                regions, too_small = self._find_regions(labels, grid, plane, index)
-                if regions:
+                parts, too_small = self._find_parts(labels, grid, plane, index)
+                if parts:
                     slices.append((plane, index, too_small))
         except SourceError as error:
             return error
@@ -214,12 +218,14 @@ class VolumeSource(Sequence[GroundingExample]):
             raise item
         case, plane, place = item
         volume, labels, value_range = self._read(case)
-        regions, _ = self._find_regions(labels, volume.grid, plane, place)
+        parts, _ = self._find_parts(labels, volume.grid, plane, place)
         pixels = volumes.section(volume.values, plane, place)
         (height, width), millimetres = volumes.square_size(pixels.shape, volume.grid.pixel_spacing(plane))
         window = self._rule.window if volume.modality == "ct" else "percentile"
         if window == "auto":
-            window = volumes.choose_window([(name, mask.sum()) for name, mask in regions], labels.site)
+            window = volumes.choose_window(
+                [(name, float(np.count_nonzero(mask))) for name, _, mask in parts], labels.site
+            )
         low, high = value_range if window == "percentile" else volumes.window_limits(window)
         pixels = volumes.apply_window(volumes.resize_pixels(pixels, (height, width)), low, high)
         return GroundingExample(
@@ -232,7 +238,8 @@ class VolumeSource(Sequence[GroundingExample]):
             modality=volume.modality,
             spacing_mm=(millimetres, millimetres),
             regions=tuple(
-                make_region(name, box_from_mask(mask), labels.site, mask=encode_mask(mask)) for name, mask in regions
+                make_region(name, site=labels.site, **outline(_place(mask, box, (height, width))))
+                for name, box, mask in parts
             ),
         )
 
@@ -245,12 +252,10 @@ class VolumeSource(Sequence[GroundingExample]):
             self._current = (case, volume, labels, value_range)
         return self._current[1:]
 
-    def _find_regions(
-        self, labels: Labels, grid: Grid, plane: str, index: int
-    ) -> tuple[list[tuple[str, np.ndarray]], int]:
-        """Returns (name, mask of the picture's size) of the regions in a slice, and how many were too small."""
+    def _find_parts(self, labels: Labels, grid: Grid, plane: str, index: int) -> tuple[list[Part], int]:
+        """Returns the regions in a slice, and how many were too small."""
         ndimage = volumes.import_medical("scipy.ndimage")
-        regions: list[tuple[str, np.ndarray]] = []
+        parts: list[Part] = []
         too_small = 0
         for layer in labels.layers:
             values = volumes.section(layer, plane, index)
@@ -264,7 +269,12 @@ class VolumeSource(Sequence[GroundingExample]):
                 one_by_one = volumes.counts_components(name, labels.site)
                 masks, dropped = volumes.split_components(values[box] == value, least, one_by_one)
                 too_small += dropped
-                for mask in masks:
-                    regions.append((name, np.zeros(size, bool)))
-                    regions[-1][1][box] = mask
-        return regions, too_small
+                parts += ((name, box, mask) for mask in masks)
+        return parts, too_small
+
+
+def _place(mask: np.ndarray, box: tuple[slice, ...], size: tuple[int, int]) -> np.ndarray:
+    """Returns bool[size] with a mask in a box of it, column after column as run lengths are made."""
+    placed = np.zeros(size, bool, order="F")
+    placed[box] = mask
+    return placed

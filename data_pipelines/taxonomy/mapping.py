@@ -235,15 +235,16 @@ def apply_mapping(
 
 
 def _relabel(region: Region, label: Label) -> Region:
-    ancestors = load_taxonomy().labels.keys() & {region.parent}
-    narrower = any(label.parent in load_taxonomy().ancestors(parent) for parent in ancestors)
-    return dataclasses.replace(
-        region,
-        label=label.id,
-        granularity=label.granularity,
-        parent=region.parent if narrower else label.parent,
-        phrase=region.phrase if region.spans else label.name,
-    )
+    taxonomy, parent = load_taxonomy(), region.parent
+    narrower = parent in taxonomy.labels and label.parent in taxonomy.ancestors(parent)
+    names = {
+        "label": label.id,
+        "granularity": label.granularity,
+        "parent": parent if narrower else label.parent,
+        "phrase": region.phrase if region.spans else label.name,
+    }
+    same = all(getattr(region, field) == name for field, name in names.items())  # most: a copy takes longer
+    return region if same else dataclasses.replace(region, **names)
 
 
 def _true_labels(regions: Sequence[Region]) -> set[str]:

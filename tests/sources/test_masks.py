@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.extra import numpy as nps
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data_pipelines.curate import SourceError
+from data_pipelines.curate import SourceError, box_from_mask
 from data_pipelines.sources import load_source
+from data_pipelines.sources.masks import outline
 
 
 def write_masks(folder, image: str, masks: dict[str, np.ndarray], size=(8, 12)):
@@ -73,3 +76,11 @@ def test_folder_without_masks_is_an_error(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(SourceError, match="images/ and masks/"):
         read(tmp_path)
+
+
+@given(nps.arrays(bool, nps.array_shapes(min_dims=2, max_dims=2, max_side=8)))
+def test_outline_has_the_box_and_the_runs_of_the_mask(mask):
+    found = outline(mask)
+    np.testing.assert_array_equal(found["box"], box_from_mask(mask))
+    assert found["box"].dtype == np.float32
+    np.testing.assert_array_equal(coco_mask.decode(found["mask"]), mask)
