@@ -1,6 +1,9 @@
 """Rows to batches: made ahead by threads or processes, and a position that any number of processes can go on from."""
 
+import dataclasses
 import logging
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -41,6 +44,21 @@ def make_batches(examples: grain.MapDataset, data: ConfigDict, batch_size: int) 
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The rows that a process reads, from the global batch that begins at `start` on: `places` of each of them."""
+
+    rows: grain.MapDataset[dict[str, Any]]
+    places: tuple[int, ...]
+    start: int
+    global_batch: int
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        batch, place = divmod(index, len(self.places))
+        row: Any = self.rows[self.start + batch * self.global_batch + self.places[place]]
+        return row
+
+
 class TrainBatches(grain.DatasetIterator[Batch]):
     """The endless training batches of a process; `train_loader` says what is in them.
 
@@ -59,13 +77,21 @@ class TrainBatches(grain.DatasetIterator[Batch]):
         quarantine: Quarantine,
         *,
         series: str,
-        batch_size: int,
-        process_index: int,
-        process_count: int,
+        places: Sequence[int],
+        global_batch: int,
     ):
+        """Starts at the beginning of the series.
+
+        Args:
+            rows, quarantine: see above.
+            data: `config.data`.
+            series: a name that tells the series from others.
+            places: of each global batch that this process reads, in the order of its rows.
+            global_batch: images in the batches of all processes together.
+        """
         super().__init__()
         self.rows, self._data, self._series = rows, data, series
-        self._batch_size, self._process_index, self._process_count = batch_size, process_index, process_count
+        self._places, self._global_batch = tuple(places), global_batch
         self._position = 0
         self._iterator: grain.DatasetIterator[Batch] | None = None
         self.quarantine = quarantine
@@ -73,10 +99,11 @@ class TrainBatches(grain.DatasetIterator[Batch]):
     def __next__(self) -> Batch:
         self._assert_not_closed()
         if self._iterator is None:
-            rows = self.rows[self._position + self._process_index :: self._process_count]
-            self._iterator = iter(make_batches(rows, self._data, self._batch_size))
+            share = _Share(self.rows, self._places, self._position, self._global_batch)
+            rows = grain.MapDataset.range(sys.maxsize).map(share)
+            self._iterator = iter(make_batches(rows, self._data, len(self._places)))
         batch = next(self._iterator)
-        self._position += self._batch_size * self._process_count
+        self._position += self._global_batch
         return batch
 
     def get_state(self) -> dict[str, Any]:

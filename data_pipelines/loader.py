@@ -2,8 +2,10 @@
 
 Training goes through one endless series of examples, the same for any number of processes: epoch after epoch, each
 shuffled anew, each example augmented anew by its place in the series (`mixture` says which example stands where).
-Process p of n takes the places p, p + n, ..., so that the position in the series is all that a resumed run needs, with
-as many processes or others. A record that cannot be used leaves its place to the next one of the series.
+A global batch is the next run of places, and its row i the i-th of them, whichever process reads it: dropout is drawn
+by row, so that a run of several processes gives the numbers of one. The position in the series is all that a resumed
+run needs, with as many processes or others. A record that cannot be used leaves its place to the next one of the
+series.
 """
 
 import dataclasses
@@ -201,6 +203,7 @@ def train_loader(
     batch_size: int,
     process_index: int,
     process_count: int,
+    places: Sequence[int] | None = None,
     quarantine: str | os.PathLike | None = None,
 ) -> TrainBatches:
     """Opens the endless training batches of this process.
@@ -210,6 +213,9 @@ def train_loader(
         seed: of order, augmentation and prompts, 0 or more.
         batch_size: images B in a batch of this process.
         process_index, process_count: which process this is, of how many that load.
+        places: rows of the global batch that this process reads, ascending, B of them: those that its devices hold,
+            see `parallel.mesh.local_rows`. None is the process_index-th run of B, as where devices stand in the mesh
+            in the order of their processes.
         quarantine: file for the list of corrupt records where `data.quarantine` is ""; None lists them in the log only.
 
     Returns:
@@ -236,6 +242,13 @@ def train_loader(
             its shard and its image.
     """
     _check_processes(process_index, process_count)
+    if places is None:
+        places = range(process_index * batch_size, (process_index + 1) * batch_size)
+    if len(places) != batch_size or not all(0 <= place < process_count * batch_size for place in places):
+        raise ValueError(
+            f"places {list(places)}: process {process_index} of {process_count} reads {batch_size} rows of a global "
+            f"batch of {process_count * batch_size}"
+        )
     records = _find_all(data.train)
     source = ExampleSource(*records)
     series, name = _make_series(records, data, seed)
@@ -257,9 +270,8 @@ def train_loader(
         data,
         listed,
         series=name,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
+        places=places,
+        global_batch=process_count * batch_size,
     )
 
 

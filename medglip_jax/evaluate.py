@@ -9,11 +9,13 @@ import sys
 import jax
 
 from data_pipelines.records import find_shards
+from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.configuration import load_config
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records
-from medglip_jax.parallel.mesh import initialize_distributed, make_mesh
+from medglip_jax.parallel.distributed import initialize_distributed
+from medglip_jax.parallel.mesh import make_mesh
 from medglip_jax.pretrained import load_model
 from medglip_jax.training.checkpoint import locate
 
@@ -35,8 +37,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--sheet", metavar="FILE", help="image file for a contact sheet of predicted and true boxes")
     add("--sheet-images", type=int, default=12, help="images on the contact sheet; default: %(default)s")
     add("--no-ema", action="store_true", help="use the parameters themselves instead of their running average")
+    add_option(parser)
     options, overrides = parser.parse_known_args(argv)
 
+    keep_compiled(options.compilation_cache)
     initialize_distributed()
     config = load_config(options.config or locate(options.checkpoint)[0], overrides)
     records = options.data or config.data.eval

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from data_pipelines.images import store_image
 from data_pipelines.text import TextTokenizer, build_prompts
 from data_pipelines.transforms import decode_image, resize_into
+from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import write_json
@@ -260,8 +261,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--threshold", type=float, default=0.3, help="least score of a box; default: %(default)s")
     add("--max-detections", type=int, help="most boxes of an image; default: as the model was configured")
     add("--no-ema", action="store_true", help="use the parameters themselves instead of their running average")
+    add_option(parser)
     options = parser.parse_args(argv)
 
+    keep_compiled(options.compilation_cache)
     model = MedGLIP.from_pretrained(options.checkpoint, use_ema=False if options.no_ema else None)
     predictions = model.predict(
         options.image, options.phrases, threshold=options.threshold, max_detections=options.max_detections

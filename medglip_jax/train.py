@@ -35,17 +35,19 @@ from ml_collections import ConfigDict
 from data_pipelines.loader import train_loader
 from data_pipelines.records import find_shards
 from data_pipelines.text import TextTokenizer, load_tokenizer
+from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.configuration import CONFIG_FILE, load_config, save_config
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
+from medglip_jax.parallel.distributed import initialize_distributed
 from medglip_jax.parallel.mesh import (
     batch_parts,
     batch_sharding,
     describe_parts,
-    initialize_distributed,
+    local_rows,
     make_mesh,
     to_global,
 )
@@ -186,6 +188,7 @@ def train(
             batch_size=config.data.batch_size // jax.process_count(),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            places=local_rows(mesh, config.data.batch_size),
             quarantine=workdir / QUARANTINE_FILE,
         )
         reading.callback(loader.close)
@@ -304,8 +307,10 @@ def main(argv: list[str] | None = None) -> int:
         help="record a trace of these steps, counted from this start (%(const)s), to WORKDIR/profile",
     )
     parser.add_argument("--dump-hlo", metavar="DIR", help="folder for the programs that XLA makes, as text")
+    add_option(parser)
     options, overrides = parser.parse_known_args(argv)
 
+    keep_compiled(options.compilation_cache)
     trace_steps = parse_steps(options.profile) if options.profile else None
     if options.dump_hlo:
         dump_hlo(options.dump_hlo)

@@ -83,13 +83,16 @@ def recipe(path: str, **changes):
 
 
 @contextlib.contextmanager
-def opened(data, *, seed: int = 0, batch_size: int = 2, process: int = 0, processes: int = 1, quarantine=None):
+def opened(
+    data, *, seed: int = 0, batch_size: int = 2, process: int = 0, processes: int = 1, places=None, quarantine=None
+):
     loader = train_loader(
         data,
         seed=seed,
         batch_size=batch_size,
         process_index=process,
         process_count=processes,
+        places=places,
         quarantine=quarantine,
     )
     try:
@@ -116,6 +119,11 @@ def assert_batches_equal(found, expected) -> None:
 
 def rows(batches) -> list[dict[str, np.ndarray]]:
     return [{key: batch[key][i] for key in batch} for batch in batches for i in range(len(batch["image"]))]
+
+
+def join(parts) -> list[dict[str, np.ndarray]]:
+    """The rows of the global batches that the batches of all processes make, one process after another."""
+    return [row for batches in zip(*parts, strict=True) for row in rows(batches)]
 
 
 def ids(batches) -> list[str]:
@@ -187,8 +195,8 @@ def test_another_seed_gives_another_order_and_other_prompts(path):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_together_see_every_example_once_an_epoch(path, processes):
     batches = -(-2 * COUNT // (2 * processes))
-    parts = [rows(take(recipe(path), batches, process=p, processes=processes)) for p in range(processes)]
-    series = [row for places in zip(*parts, strict=True) for row in places][: 2 * COUNT]
+    parts = [take(recipe(path), batches, process=p, processes=processes) for p in range(processes)]
+    series = join(parts)[: 2 * COUNT]
     epochs = [[row["image_id"] for row in series[:COUNT]], [row["image_id"] for row in series[COUNT:]]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == ALL_IDS
     assert epochs[0] != epochs[1]
@@ -245,6 +253,27 @@ def test_state_goes_through_an_orbax_checkpoint(path, tmp_path):
             assert_batches_equal(list(itertools.islice(fresh, 3)), expected)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_process_reads_the_rows_that_its_devices_hold_in_their_place(path, num_workers):
+    data = recipe(path, num_workers=num_workers)
+    held = {0: (0, 5), 1: (2, 3), 2: (1, 4)}
+    parts = {p: take(data, 2, process=p, processes=3, places=places) for p, places in held.items()}
+    for batch, expected in enumerate(take(recipe(path), 2, batch_size=6)):
+        for process, places in held.items():
+            for row, place in enumerate(places):
+                assert parts[process][batch]["image_id"][row] == expected["image_id"][place]
+                np.testing.assert_array_equal(parts[process][batch]["image"][row], expected["image"][place])
+
+
+@pytest.mark.parametrize("places", [(0,), (0, 4), (-1, 0)])
+def test_places_outside_the_global_batch_are_an_error(path, places):
+    with (
+        pytest.raises(ValueError, match="reads 2 rows of a global batch of 4"),
+        opened(recipe(path), processes=2, places=places),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(("saved_by", "gone_on_by"), [(1, 2), (4, 2), (2, 4), (4, 1)])
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_another_number_of_processes_goes_on_with_exactly_the_next_global_batch(
@@ -259,9 +288,9 @@ def test_another_number_of_processes_goes_on_with_exactly_the_next_global_batch(
             with opened(data, batch_size=4 // processes, process=process, processes=processes) as loader:
                 if state:
                     loader.set_state(state)
-                parts.append(rows(itertools.islice(loader, 3)))
+                parts.append(list(itertools.islice(loader, 3)))
                 states.append(json.loads(json.dumps(loader.get_state())))
-        return [row for places in zip(*parts, strict=True) for row in places], states
+        return join(parts), states
 
     before, states = load(saved_by)
     assert states == [states[0]] * saved_by

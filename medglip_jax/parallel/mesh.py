@@ -1,8 +1,7 @@
-"""The device mesh, its start on several hosts, and batches on it."""
+"""The device mesh, and batches on it."""
 
 import difflib
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,46 +10,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from medglip_jax.parallel.distributed import initialize_distributed as initialize_distributed
+
 # From the slowest network to the fastest. A batch is split over the first three, so devices that differ in one of them
 # read different images; sequence and tensor split the work on an image, and stay within a process.
 AXES = ("replica", "data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("replica", "data", "fsdp")
-
-# Environment variables in which launchers leave the number of processes that they started. SLURM_NTASKS is not one of
-# them: a batch script has it too, where the processes that it asks for are not started yet.
-_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
-
-
-def initialize_distributed() -> None:
-    """Connects the processes of a run; does nothing in a run of one process, or when they are connected already.
-
-    Call it before anything else touches a device. Cloud TPU, Slurm and Open MPI are detected by JAX. Anywhere else set
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process.
-
-    Raises:
-        ValueError: JAX_COORDINATOR_ADDRESS is set without the other two.
-    """
-    if jax.distributed.is_initialized():
-        return
-    environment = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in environment:
-        missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in environment]
-        if missing:
-            raise ValueError(f"JAX_COORDINATOR_ADDRESS is set but {' and '.join(missing)} not: set all three")
-        jax.distributed.initialize(
-            environment["JAX_COORDINATOR_ADDRESS"],
-            int(environment["JAX_NUM_PROCESSES"]),
-            int(environment["JAX_PROCESS_ID"]),
-        )
-    elif any(int(environment.get(name, "1")) > 1 for name in _PROCESS_COUNTS):
-        jax.distributed.initialize()
-    elif "TPU_WORKER_HOSTNAMES" in environment or any(os.path.exists(path) for path in _TPU_DEVICES):
-        try:
-            jax.distributed.initialize()
-        except ValueError as error:
-            if "coordinator_address" not in str(error):  # JAX's word for: this machine is in no cluster
-                raise
 
 
 def axis_sizes(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
@@ -181,12 +146,26 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """Returns the rows of a global batch that the devices of this process hold, ascending.
+
+    `to_global` puts this process's rows there in this order. On TPUs neighbours in the mesh are neighbours in the
+    network, and need not be in the order of their processes.
+
+    Args:
+        mesh: from `make_mesh`.
+        batch_size: images in a global batch, a multiple of `batch_parts`.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for (part,) in parts for row in range(batch_size)[part]})
+
+
 def to_global(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Joins the batches of all processes to global arrays on the mesh.
 
     Args:
-        batch: this process's arrays, all with the same leading axis. Strings (image ids) stay on the host: they are
-            not in the result.
+        batch: this process's arrays, all with the same leading axis; they become its `local_rows`. Strings (image
+            ids) stay on the host: they are not in the result.
         mesh: from `make_mesh`.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from configs.medglip_t import get_config
 from medglip_jax.parallel.mesh import (
@@ -18,7 +18,8 @@ from medglip_jax.parallel.mesh import (
     arrange,
     axis_sizes,
     batch_parts,
-    initialize_distributed,
+    batch_sharding,
+    local_rows,
     make_mesh,
     to_global,
 )
@@ -135,11 +136,16 @@ def test_batch_that_does_not_split_is_refused():
         to_global({"image": np.zeros((6, 2))}, make_mesh(mesh_config(2, 2, 2)))
 
 
-def test_one_process_needs_no_start(monkeypatch):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    initialize_distributed()
-    assert not jax.distributed.is_initialized()
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
-        initialize_distributed()
+def test_rows_of_a_process_are_those_that_its_devices_hold(monkeypatch):
+    """As on TPUs, where neighbours in the mesh need not be of the process that comes next."""
+    devices = [jax.devices()[place] for place in (0, 1, 6, 7, 4, 5, 2, 3)]
+    mesh = Mesh(np.array(devices).reshape(1, 4, 2, 1, 1), AXES)
+    assert local_rows(mesh, 16) == list(range(16))  # one process holds all
+    sharding = type(batch_sharding(mesh))
+    held = sharding.devices_indices_map
+    monkeypatch.setattr(
+        sharding,
+        "addressable_devices_indices_map",
+        lambda self, shape: {d: part for d, part in held(self, shape).items() if d.id in (2, 3, 6)},
+    )
+    assert local_rows(mesh, 16) == [4, 5, 12, 13, 14, 15]
