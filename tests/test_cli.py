@@ -30,7 +30,7 @@ def test_an_unknown_command_names_the_nearest(capsys, typed, meant):
 
 def test_a_word_like_no_command_lists_them(capsys):
     assert cli.main(["xyz"]) == 2
-    assert "build, train, evaluate" in capsys.readouterr().err
+    assert "build, train, plan, evaluate" in capsys.readouterr().err
 
 
 def test_options_and_exit_status_pass_through(monkeypatch):

@@ -24,9 +24,10 @@ sys.exit(main(sys.argv[3:]))
 
 def start(devices: int, cache: str, arguments: list[str], **environment: str) -> subprocess.Popen:
     command = [sys.executable, "-c", _RUN, str(devices), cache, *arguments]
-    return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    # Threads of the runtime, by default as many as cores: devices of two processes wait for each other in collectives,
+    # for ever where a waiting device holds the thread that the other one needs.
+    environment = {**os.environ, "PJRT_NPROC": "16", **environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -43,9 +44,9 @@ def recipe(tiny_config, tmp_path_factory):
     config.data.max_tokens, config.data.max_boxes = 64, 32
     config.data.batch_size = config.data.eval_batch_size = 4
     config.mesh.fsdp = 2
-    config.model.swin.drop_path = config.model.fpn.drop_block = config.model.bert.dropout = 0.0
-    config.model.tower.fusion_dropout = 0.0  # dropout is drawn by place in the batch, and the places differ
-    config.schedule.steps, config.schedule.warmup_steps, config.training.log_every = 2, 1, 1
+    model = config.model
+    assert model.swin.drop_path and model.fpn.drop_block and model.bert.dropout and model.tower.fusion_dropout
+    config.schedule.steps, config.schedule.warmup_steps, config.training.log_every = 4, 1, 1
     save_config(config, folder / "recipe.json")
     return folder / "recipe.json"
 
@@ -60,7 +61,7 @@ def test_two_processes_give_the_losses_and_the_precision_of_one(recipe, tmp_path
     arguments = ["--config", str(recipe), "--workdir", str(tmp_path / "two")]
     pair = [
         start(
-            1,  # with more, the threads of two cores wait for each other in Gloo's collectives
+            2,
             cache,
             arguments,
             JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
@@ -71,15 +72,18 @@ def test_two_processes_give_the_losses_and_the_precision_of_one(recipe, tmp_path
     ]
     for process in pair:
         finish(process)
-    finish(start(2, cache, ["--config", str(recipe), "--workdir", str(tmp_path / "one")]))
+    finish(start(4, cache, ["--config", str(recipe), "--workdir", str(tmp_path / "one")]))
 
     def read(name: str):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], json.loads((tmp_path / name / "evaluation.json").read_text())
 
     (steps_of_two, of_two), (steps_of_one, of_one) = read("two"), read("one")
+    assert len(steps_of_two) == len(steps_of_one) > 4
+    names = ("loss", "loss_token", "loss_box", "loss_centerness", "num_positives", "grad_norm", "learning_rate")
     for ours, theirs in zip(steps_of_two, steps_of_one, strict=True):
-        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
-        np.testing.assert_allclose(ours["grad_norm"], theirs["grad_norm"], rtol=1e-3)
+        for name in names:
+            if name in theirs:  # the last line is of the evaluation
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, err_msg=f"{name} {theirs['step']}")
     assert of_two["images"] == of_one["images"] == 13
     assert of_two["AP50"] == pytest.approx(of_one["AP50"], abs=1e-3)

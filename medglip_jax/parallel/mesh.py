@@ -96,12 +96,10 @@ def arrange(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
     """
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-        ).devices
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     outer = slice_shape(sizes, num_slices)
     inner = [sizes[axis] // outer[axis] for axis in AXES]
-    return mesh_utils.create_hybrid_device_mesh(inner, list(outer.values()), devices)
+    return mesh_utils.create_hybrid_device_mesh(inner, list(outer.values()), devices, allow_split_physical_axes=True)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -157,7 +155,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
         batch_size: images in a global batch, a multiple of `batch_parts`.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return sorted({row for (part,) in parts for row in range(batch_size)[part]})
+    return sorted({row for part in parts if part for row in range(batch_size)[part[0]]})
 
 
 def to_global(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:

@@ -160,7 +160,7 @@ def parse(text: str) -> Program:
         line = raw.strip()
         if not line or line.startswith(("HloModule", "//", "#")):
             continue
-        if current and line == "}":
+        if current and line.startswith("}"):  # `}, execution_thread="sparsecore"` on chips with SparseCores
             known = {  # literals of other kinds look like names too
                 name: dataclasses.replace(x, operands=tuple(y for y in x.operands if y in instructions))
                 for name, x in instructions.items()

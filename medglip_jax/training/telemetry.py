@@ -80,7 +80,7 @@ class RecompilationGuard:
     ) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **details: Any) -> None:
+    def _listen(self, event: str, duration_secs: float, **details: Any) -> None:
         if event == _COMPILED and details.get("fun_name") == self._name:
             self.compilations += 1
 

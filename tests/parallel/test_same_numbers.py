@@ -1,9 +1,15 @@
-"""The whole detector on meshes of eight CPU devices: every preset gives the loss and gradients of one device."""
+"""The whole detector on meshes of eight CPU devices: the numbers are those of one device.
+
+Two processes are in tests/test_distributed.py, more meshes and steps in benchmarks/mesh_invariance.py.
+"""
 
 import jax
 import numpy as np
 import pytest
 
+from benchmarks.mesh_invariance import deviations, run_steps
+from data_pipelines.build import build
+from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.detection.losses import detection_losses
 from medglip_jax.inference import parameter_shapes
 from medglip_jax.model.detector import GLIP
@@ -84,3 +90,34 @@ def test_a_preset_changes_no_number(config, inputs, alone, preset, sizes):
         # Some gradients are sums that cancel (a key's bias): what is left of them is rounding.
         scale = max(np.abs(expected).max(), 1e-3 * largest)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale, err_msg=path_name(path))
+
+
+@pytest.fixture(scope="module")
+def training(config, tmp_path_factory):
+    """A recipe with phantoms, the dropouts of the full-size one, and clipping that does something."""
+    folder = tmp_path_factory.mktemp("records") / "phantoms"
+    build(Phantoms(13, size=64, seed=3), folder, name="phantoms", progress=False)
+    config = config.copy_and_resolve_references()
+    config.data.train = str(folder)
+    config.data.max_tokens, config.data.max_boxes = 64, 32
+    config.schedule.warmup_steps = 2
+    config.optimizer.clip_norm = 0.5
+    model = config.model
+    assert model.swin.drop_path and model.fpn.drop_block and model.bert.dropout and model.tower.fusion_dropout
+    return config
+
+
+def test_training_on_a_mesh_is_training_on_one_device(training):
+    expected, parameters = run_steps(training, 6, devices=jax.devices()[:1])
+    config = training.copy_and_resolve_references()
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+    found, sharded = run_steps(config, 6)
+    assert all(metrics["grad_norm"] > 0.5 for metrics in expected)
+    assert len({metrics["num_positives"] for metrics in expected}) > 1
+    assert {"loss", "loss_token", "loss_box", "loss_centerness", "ema_norm", "parameter_norm"} <= set(expected[0])
+    # A norm of gradients adds rounding errors that a loss has not seen.
+    largest = deviations(found, expected)
+    assert largest.pop("grad_norm") < 1e-5
+    assert max(largest.values()) < 1e-5, largest
+    moved = max(np.abs(x - y).max() for x, y in zip(*map(jax.tree.leaves, (sharded, parameters)), strict=True))
+    assert moved < 0.05 * config.optimizer.learning_rate

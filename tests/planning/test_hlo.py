@@ -28,7 +28,7 @@ def loop_text(start: int, step: int, limit: int, direction: str, *, known: str =
   %most = s32[] get-tuple-element(%state), index=1
   %x = f32[4] get-tuple-element(%state), index=2
   ROOT %after = (s32[], s32[], f32[4]) tuple(%stepped, %most, %x)
-}}
+}}, execution_thread="sparsecore"
 
 %condition (state.1: (s32[], s32[], f32[4])) -> pred[] {{
   %state.1 = (s32[], s32[], f32[4]) parameter(0)
