@@ -149,6 +149,11 @@ def get_config() -> ConfigDict:
     config.training.log_every = 50  # steps between metrics
     config.training.checkpoint_every = 5000  # steps between checkpoints; the last step is always saved
     config.training.keep_checkpoints = 3  # newest ones kept
+    config.training.keep_every = 0  # steps; those of a multiple of it are kept for ever; 0 keeps none for that
+    config.training.keep_best = 0  # evaluated ones with the highest best_metric, kept too; each evaluated step is saved
+    config.training.best_metric = "AP"  # AP, AP50 or AP75 of the evaluation
+    config.training.max_nonfinite = 0  # steps whose loss or gradient is not finite that are skipped; the next one ends
+    config.training.watchdog_seconds = 1800.0  # a step, a batch of an evaluation, ... takes longer: the process ends
     config.training.eval_every = 0  # steps between evaluations on data.eval; 0 evaluates at the end only
     config.training.on_recompile = "error"  # when a step after the first compiles again: error, or warn
     config.training.peak_flops = 0.0  # bfloat16 FLOPs per second of a device, for the MFU; 0 is its maker's number

@@ -9,12 +9,14 @@ import importlib
 import importlib.util
 import json
 import os
-import pathlib
 import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
+
+from medglip_jax.paths import write_whole
 
 CONFIG_FILE = "config.json"  # in a run's working directory
 
@@ -45,7 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             argument is not an override.
     """
     text = os.fspath(path)
-    source = pathlib.Path(text)
+    source = epath.Path(text)
     if text in recipes():
         config = importlib.import_module(f"configs.{text}").get_config()
     elif source.is_dir():
@@ -62,10 +64,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def save_config(config: ConfigDict, path: str | os.PathLike[str]) -> None:
     """Writes a recipe as JSON, so that `load_config` returns an equal one."""
-    target = pathlib.Path(path)
-    partial = target.with_name(target.name + ".tmp")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_whole(path, json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def recipes() -> list[str]:
@@ -75,7 +74,7 @@ def recipes() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
-def _from_json(path: pathlib.Path) -> ConfigDict:
+def _from_json(path: epath.Path) -> ConfigDict:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -89,7 +88,7 @@ def _from_json(path: pathlib.Path) -> ConfigDict:
     return ConfigDict(fields.get("recipe", fields))  # an exported folder has it inside what Hugging Face reads
 
 
-def _from_python(path: pathlib.Path) -> ConfigDict:
+def _from_python(path: epath.Path) -> ConfigDict:
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(
             f"{path}: expected a Python file, a run's working directory, or one of the recipes {', '.join(recipes())}"

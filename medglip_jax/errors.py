@@ -8,11 +8,24 @@ from collections.abc import Callable, Mapping
 Main = Callable[[list[str] | None], int | None]
 
 
+class Preempted(Exception):
+    """A run was asked to stop, and has saved: the same command goes on.
+
+    Attributes:
+        step: steps taken.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+        super().__init__(f"stopped after step {step}; the same command goes on from there")
+
+
 def reports_errors(main: Main) -> Callable[..., int]:
     """Wraps an entry point: what is wrong with the user's input becomes one line instead of a traceback.
 
     Our own code reports a user's mistake with a ValueError or an OSError whose message says what to do. Set
-    MEDGLIP_TRACEBACK=1 to see where it was raised. Any other exception is a bug and keeps its traceback.
+    MEDGLIP_TRACEBACK=1 to see where it was raised. Any other exception is a bug and keeps its traceback. A run that was
+    preempted has done what it could: its status is 0.
     """
 
     @functools.wraps(main)
@@ -24,6 +37,9 @@ def reports_errors(main: Main) -> Callable[..., int]:
                 raise
             print(f"error: {describe(error)}", file=sys.stderr)
             return 1
+        except Preempted as stop:
+            print(f"resume: {stop}", file=sys.stderr)
+            return 0
         except KeyboardInterrupt as interrupt:
             print(str(interrupt) or "interrupted", file=sys.stderr)
             return 130

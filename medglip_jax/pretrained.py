@@ -1,12 +1,12 @@
 """Trained parameters from wherever they lie: a run, an exported folder, or encoders that others pretrained."""
 
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ from medglip_jax.interop.folder import is_folder, read_folder
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
+from medglip_jax.paths import local_copy
 from medglip_jax.training.checkpoint import TOKENIZER, load_params, locate
 from medglip_jax.training.state import TrainState
 
@@ -68,8 +69,12 @@ def tokenizer_of(path: str | os.PathLike, config: ConfigDict) -> TextTokenizer:
     Raises:
         ValueError: it has more tokens than the model knows.
     """
-    folder = pathlib.Path(path) if is_folder(path) else locate(path)[0] / TOKENIZER
-    tokenizer = load_tokenizer(os.fspath(folder) if folder.is_dir() else config.data.tokenizer)
+    folder = epath.Path(path) if is_folder(path) else locate(path)[0] / TOKENIZER
+    if folder.is_dir():
+        with local_copy(folder) as local:
+            tokenizer = load_tokenizer(local)
+    else:
+        tokenizer = load_tokenizer(config.data.tokenizer)
     if tokenizer.vocab_size > config.model.bert.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model of {path} knows "

@@ -4,31 +4,35 @@
 
 The same command goes on where an interrupted run stopped, with the batch that would have come next. DIR then holds
 
+    status.json             how the run stands: running, resume (stopped and saved), finished, failed, hung
     config.json             the recipe with all changes
     tokenizer/              the tokenizer of the prompts
     checkpoints/STEP/       state and position in the data
     metrics.jsonl           one line every config.training.log_every steps
     quarantine.jsonl        records that could not be used, if there are any
+    nonfinite.jsonl         steps whose loss or gradient was not finite, if there are any
     tensorboard/            the same for TensorBoard, and the newest predictions
     goodput.json            where the time went: steps, loader, compilation, checkpoints, evaluation, restarts
     profile/                with --profile: a trace of some steps, for TensorBoard or Perfetto
     evaluation.json         average precision at the end, on config.data.eval
     predictions.png         predicted and true boxes of some of its images
+
+DIR may be in a bucket (gs://, s3://) whose file system is installed; records that could not be used are then in the log
+only. SIGTERM, on any of the processes, saves and ends the run with status 0.
 """
 
 import argparse
 import contextlib
+import logging
 import math
 import os
-import pathlib
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import jax
-import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -37,7 +41,7 @@ from data_pipelines.records import find_shards
 from data_pipelines.text import TextTokenizer, load_tokenizer
 from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.configuration import CONFIG_FILE, load_config, save_config
-from medglip_jax.errors import reports_errors
+from medglip_jax.errors import Preempted, reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
@@ -51,19 +55,28 @@ from medglip_jax.parallel.mesh import (
     make_mesh,
     to_global,
 )
+from medglip_jax.paths import full_path, is_remote, local_output
 from medglip_jax.pretrained import pretrained_parameters, start_from
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
 from medglip_jax.training.goodput import Goodput
 from medglip_jax.training.logging import MetricsLog, ProgressBar
+from medglip_jax.training.nonfinite import NonFiniteSteps
 from medglip_jax.training.optimizer import make_optimizer
+from medglip_jax.training.pending import PendingMetrics
+from medglip_jax.training.preemption import StopRequest
 from medglip_jax.training.profiling import TRACED_STEPS, Trace, dump_hlo, parse_steps
 from medglip_jax.training.state import TrainState, abstract_state, create_state
-from medglip_jax.training.step import check_finite, make_train_step
+from medglip_jax.training.status import Status
+from medglip_jax.training.step import gradient_groups, make_train_step
 from medglip_jax.training.telemetry import RecompilationGuard, Telemetry
+from medglip_jax.training.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_FILE = "evaluation.json"
 SHEET_FILE = "predictions.png"
 QUARANTINE_FILE = "quarantine.jsonl"
+_SCORES = ("AP", "AP50", "AP75")  # of an evaluation
 
 
 def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
@@ -83,67 +96,15 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
         raise ValueError(
             f"config.data.max_tokens is {data.max_tokens}, but config.model.bert.max_positions is {bert.max_positions}"
         )
+    if (metric := config.training.best_metric) not in _SCORES:
+        raise ValueError(f"config.training.best_metric is {metric!r}: expected {', '.join(_SCORES)}")
     if data.eval:
         find_shards(data.eval)  # a wrong path or batch size shows before hours of training
         local_batch_size(config, mesh)
 
 
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether Ctrl-C or SIGTERM came; a second one interrupts at once.
-
-    Only in a run of one process: several would have to agree on the step.
-    """
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if jax.process_count() > 1:
-        yield lambda: False
-        return
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _PendingMetrics:
-    """The metrics of steps, each taken while the next one runs, so that the devices never wait for the host."""
-
-    def __init__(self) -> None:
-        self._newest: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
-        self._settled: list[dict[str, float]] = []
-        self.loss: float | None = None
-
-    def add(self, steps_before: int, metrics: dict[str, jax.Array], image_ids: np.ndarray) -> None:
-        """Takes what a step returned; raises `NonFiniteLoss` if the one before it was not finite."""
-        self.settle()
-        self._newest = (steps_before, metrics, image_ids)
-
-    def settle(self) -> None:
-        """Waits for the newest step; raises `NonFiniteLoss` if it was not finite."""
-        if self._newest is None:
-            return
-        steps_before, metrics, image_ids = self._newest
-        self._newest = None
-        check_finite(steps_before, metrics, image_ids)
-        self._settled.append({name: float(value) for name, value in metrics.items() if name != "finite"})
-        self.loss = self._settled[-1]["loss"]
-
-    def take_means(self) -> dict[str, float]:
-        """Waits for the newest step and returns the mean of each metric since the last call."""
-        self.settle()
-        settled, self._settled = self._settled, []
-        return {name: float(np.mean([metrics[name] for metrics in settled])) for name in settled[0]}
+class _StopInEvaluation(Exception):
+    """The run was asked to stop while it evaluated."""
 
 
 def train(
@@ -153,19 +114,29 @@ def train(
 
     Args:
         config: the recipe.
-        workdir: of the run; made if needed. If it has checkpoints, the newest one is gone on with.
+        workdir: of the run, local or in a bucket; made if needed. If it has checkpoints, the newest is gone on with.
         trace_steps: the first and the last step, from this start, that a trace is recorded of; None records none.
 
     Returns:
         The evaluation at the end (see `evaluate_records`), or None without `config.data.eval`.
 
     Raises:
-        NonFiniteLoss: the loss was infinite or no number; it names the images of the batch.
+        NonFiniteLoss: the loss was infinite or no number more than `config.training.max_nonfinite` times; it names the
+            images of the batch.
         RecompilationError: a step after the first compiled again; see `config.training.on_recompile`.
         ValueError, OSError: the recipe, the records or the checkpoint in `workdir` cannot be used.
-        KeyboardInterrupt: Ctrl-C or SIGTERM came; a checkpoint was written before.
+        Preempted: SIGTERM came; a checkpoint was written before.
+        KeyboardInterrupt: Ctrl-C came; a checkpoint was written before.
     """
-    workdir = pathlib.Path(workdir).resolve()
+    workdir = full_path(workdir)
+    status = Status(workdir)
+    with status.follow():
+        return _train(config, workdir, status, trace_steps)
+
+
+def _train(
+    config: ConfigDict, workdir: epath.Path, status: Status, trace_steps: tuple[int, int] | None
+) -> dict[str, Any] | None:
     goodput = Goodput(workdir)
     training, total = config.training, config.schedule.steps
     mesh = make_mesh(config.mesh)
@@ -174,13 +145,32 @@ def train(
     model, optimizer = GLIP(config.model), make_optimizer(config)
     detector = make_detector(model, config, mesh)
 
-    def evaluate(state: TrainState, sheet: pathlib.Path | None = None) -> dict[str, Any]:
+    def evaluate(state: TrainState) -> dict[str, Any]:
         params = state.ema if config.evaluation.use_ema and state.ema is not None else state.params
-        return evaluate_records(
-            model, params, config, config.data.eval, mesh, tokenizer=tokenizer, sheet=sheet, detector=detector
-        )
+
+        def between_batches() -> None:
+            watchdog.beat(f"evaluation after step {status.step}")
+            if stop.reached():
+                raise _StopInEvaluation
+
+        with goodput.phase("evaluation"), local_output(workdir / SHEET_FILE) as sheet:
+            return evaluate_records(
+                model,
+                params,
+                config,
+                config.data.eval,
+                mesh,
+                tokenizer=tokenizer,
+                sheet=sheet,
+                detector=detector,
+                between_batches=between_batches,
+            )
 
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        watchdog = stack.enter_context(
+            Watchdog(training.watchdog_seconds, report=lambda doing: status.write("hung", doing))
+        )
         reading = stack.enter_context(contextlib.ExitStack())
         loader = train_loader(
             config.data,
@@ -189,10 +179,14 @@ def train(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             places=local_rows(mesh, config.data.batch_size),
-            quarantine=workdir / QUARANTINE_FILE,
+            quarantine=None if is_remote(workdir) else workdir / QUARANTINE_FILE,
         )
         reading.callback(loader.close)
-        checkpoints = stack.enter_context(Checkpoints(workdir, training.keep_checkpoints))
+        checkpoints = stack.enter_context(
+            Checkpoints(
+                workdir, training.keep_checkpoints, keep_every=training.keep_every, keep_best=training.keep_best
+            )
+        )
 
         rng = jax.random.key(config.seed)
         if checkpoints.latest_step is None:
@@ -202,11 +196,13 @@ def train(
         else:
             target = abstract_state(model, config, optimizer, rng, mesh)
             placed = jax.tree.map(lambda x: x.sharding, target)
+            watchdog.beat("restoring a checkpoint")
             with goodput.phase("restore"):
                 state = checkpoints.restore(target, loader)
         if jax.process_index() == 0:
             save_config(config, workdir / CONFIG_FILE)
-            tokenizer.save(workdir / TOKENIZER)
+            with local_output(workdir / TOKENIZER) as folder:
+                tokenizer.save(folder)
 
         step_fn = jax.jit(
             make_train_step(model, config, optimizer, mesh),
@@ -214,19 +210,32 @@ def train(
             out_shardings=(placed, None),
             donate_argnums=0,
         )
-        start, pending = int(state.step), _PendingMetrics()
+        start = status.step = int(state.step)
+        nonfinite = NonFiniteSteps(workdir, training.max_nonfinite, gradient_groups(state.params), start)
+        pending = PendingMetrics(nonfinite)
         log = stack.enter_context(
             MetricsLog(workdir, start, wandb_project=training.wandb_project, config=config.to_dict())
         )
         progress = stack.enter_context(ProgressBar(total, config.data.batch_size, start))
-        stop_asked = stack.enter_context(_stop_on_signal())
         trace = stack.enter_context(Trace(workdir, trace_steps, start))
         recompilation = stack.enter_context(RecompilationGuard("train_step", training.on_recompile))
         telemetry = Telemetry(config, mesh)
         goodput.begin_steps(start)
 
+        def end_early(step: int) -> NoReturn:
+            """Saves, if that step is not saved yet, and ends the run as it was asked to."""
+            watchdog.beat(f"saving step {step}")
+            if step > start:
+                checkpoints.save(step, state, loader)
+            checkpoints.close()
+            logger.warning("saved step %d, %.1f seconds after the signal", step, stop.seconds)
+            raise KeyboardInterrupt(str(Preempted(step))) if stop.interrupted else Preempted(step)
+
+        if stop.reached() and start < total:
+            end_early(start)
         logged = start
         for step in range(start + 1, total + 1):
+            watchdog.beat(f"step {step}")
             with goodput.phase("loader"):
                 batch = next(loader)
             arrays = to_global(batch, mesh)
@@ -239,31 +248,42 @@ def train(
             pending.add(step - 1, metrics, batch["image_id"])
             progress.update(step, pending.loss)
 
-            stops = stop_asked() and step < total
+            stops = stop.reached() and step < total
+            evaluates = bool(config.data.eval and training.eval_every and step % training.eval_every == 0)
             saves = step % training.checkpoint_every == 0 or step == total or stops
+            saves |= evaluates and training.keep_best > 0
             if step % training.log_every == 0 or saves:
-                means, seconds = pending.take_means(), goodput.take()
+                means, skipped = pending.take_means()
+                seconds = goodput.take(skipped)
                 log.write(step, means | telemetry.rates(step - logged, seconds) | telemetry.memory() | _costs(seconds))
                 goodput.write(step)
-                logged = step
-            if saves:
+                logged = status.step = step
+            if saves and not stops:
                 with goodput.phase("checkpoint"):
                     checkpoints.save(step, state, loader)
+                status.write("running")
             if stops:
-                raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
-            if config.data.eval and training.eval_every and step % training.eval_every == 0 and step < total:
-                with goodput.phase("evaluation"):
-                    results = evaluate(state, workdir / SHEET_FILE)
-                    _log_evaluation(log, step, results, workdir / SHEET_FILE)
+                end_early(step)
+            if evaluates and step < total:
+                try:
+                    results = evaluate(state)
+                except _StopInEvaluation:
+                    end_early(step)
+                checkpoints.score(step, results[training.best_metric])
+                _log_evaluation(log, step, results, workdir / SHEET_FILE)
                 progress.pause()
         if (corrupt := loader.quarantine.count()) and jax.process_index() == 0:
             print(f"{corrupt} records could not be used and were skipped: {loader.quarantine.path} lists them")
         reading.close()
 
         results = None
+        status.step = total
         if config.data.eval:
-            with goodput.phase("evaluation"):
-                results = evaluate(state, workdir / SHEET_FILE)
+            try:
+                results = evaluate(state)
+            except _StopInEvaluation:
+                end_early(total)
+            checkpoints.score(total, results[training.best_metric])
             if start < total:  # a finished run is evaluated again, and logged once
                 _log_evaluation(log, total, results, workdir / SHEET_FILE)
             if jax.process_index() == 0:
@@ -278,8 +298,8 @@ def _costs(seconds: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}_seconds": seconds[name] for name in names if seconds[name]}
 
 
-def _log_evaluation(log: MetricsLog, step: int, results: Mapping[str, Any], sheet: pathlib.Path) -> None:
-    log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in ("AP", "AP50", "AP75")})
+def _log_evaluation(log: MetricsLog, step: int, results: Mapping[str, Any], sheet: epath.Path) -> None:
+    log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in _SCORES})
     log.write_image(step, "predictions", sheet)
 
 

@@ -15,11 +15,12 @@ from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax import demo, evaluate, export
 from medglip_jax import train as train_module
 from medglip_jax.configuration import save_config
+from medglip_jax.errors import Preempted
 from medglip_jax.predict import MedGLIP
 from medglip_jax.pretrained import load_model
 from medglip_jax.train import train
 from medglip_jax.training.checkpoint import Checkpoints, load_params
-from medglip_jax.training.step import NonFiniteLoss
+from medglip_jax.training.nonfinite import NonFiniteLoss
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,10 @@ def test_stopped_run_goes_on_as_if_it_had_not_stopped(run, recipe, tmp_path, mon
         return to_global(batch, mesh)
 
     monkeypatch.setattr(train_module, "to_global", stop_in_third_step)
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+    with pytest.raises(Preempted, match="stopped after step 3"):
         train(recipe, tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("resume", 3)
     monkeypatch.undo()
     with Checkpoints(tmp_path, 1) as checkpoints:
         assert checkpoints.latest_step == 3

@@ -2,24 +2,18 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from medglip_jax.paths import write_whole
+
 
 def write_json(results: Any, path: str | os.PathLike) -> None:
     """Writes a JSON file; it appears complete or not at all, and its folder is made if missing."""
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        staging.write_text(json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(staging, target)
-    finally:
-        staging.unlink(missing_ok=True)
+    write_whole(path, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _percent(value: float | None) -> str:

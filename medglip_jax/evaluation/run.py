@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,7 @@ def detect_records(
     tokenizer: TextTokenizer,
     phrases: Sequence[str],
     detector: Detector | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> tuple[list[Detections], float]:
     """Asks for all phrases in every image.
 
@@ -102,6 +103,7 @@ def detect_records(
         tokenizer: of the checkpoint.
         phrases: what to ask for.
         detector: of the model, from `make_detector`; None makes one, and compiles it.
+        between_batches: called before each batch; what it raises ends the detection.
 
     Returns:
         The detections of every image in the records' order, on every process: of each at most
@@ -118,7 +120,9 @@ def detect_records(
     started = time.perf_counter()
     first = None  # images of the first batch, and when it was done
     detector = detector or make_detector(model, config, mesh)
+    between_batches()
     for host, parts in _detect_batches(detector, params, config, records_path, mesh, prompts):
+        between_batches()
         for row in np.flatnonzero(host["valid"]):
             by_index[int(host["index"][row])] = merge(
                 [{key: value[row] for key, value in part.items()} for part in parts],
@@ -147,6 +151,7 @@ def evaluate_records(
     sheet: str | os.PathLike | None = None,
     sheet_images: int = 12,
     detector: Detector | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measures average precision on records, asking for every phrase of their metadata in every image.
 
@@ -158,7 +163,7 @@ def evaluate_records(
         tokenizer: of the checkpoint; None loads `data.tokenizer`.
         sheet: image file for a contact sheet of predicted and true boxes; None draws none.
         sheet_images: images on it, spread evenly over the records.
-        detector: as in `detect_records`.
+        detector, between_batches: as in `detect_records`.
 
     Returns:
         What `average_precision` returns, with "seconds" of the whole evaluation and "images_per_second" of detection;
@@ -178,7 +183,15 @@ def evaluate_records(
         _check_sheet(sheet, sheet_images)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
     detections, speed = detect_records(
-        model, params, config, records_path, mesh, tokenizer=tokenizer, phrases=phrases, detector=detector
+        model,
+        params,
+        config,
+        records_path,
+        mesh,
+        tokenizer=tokenizer,
+        phrases=phrases,
+        detector=detector,
+        between_batches=between_batches,
     )
     results = None
     if jax.process_index() == 0:  # only one reads the truth

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
@@ -46,7 +47,7 @@ _AUTO_MAP = {
 def is_folder(path: str | os.PathLike) -> bool:
     """Tells whether a path is a folder that `write_folder` wrote, whole or damaged."""
     try:
-        fields = json.loads((pathlib.Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+        fields = json.loads((epath.Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE

@@ -1,25 +1,32 @@
 """Checkpoints of a run: the training state, the loader's position, and what a reader needs to know about them."""
 
+import json
+import math
 import os
-import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers as policy
 
 from medglip_jax.configuration import CONFIG_FILE, load_config
 from medglip_jax.errors import list_mismatches
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, path_name, shardings
+from medglip_jax.paths import full_path, write_whole
 from medglip_jax.training.state import TrainState
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 
 CHECKPOINTS = "checkpoints"  # folder in a run's working directory
+SCORES_FILE = "scores.json"  # file there: the metric of the checkpoints that were evaluated
+BEST = "best"  # WORKDIR/checkpoints/best means the best of them
 TOKENIZER = "tokenizer"  # folder in a run's working directory
 
 
@@ -29,28 +36,43 @@ class Checkpoints:
     Writing goes on in the background of training. A checkpoint that was not finished is never read.
     """
 
-    def __init__(self, workdir: PathLike, keep: int):
+    def __init__(self, workdir: PathLike, keep: int, *, keep_every: int = 0, keep_best: int = 0):
         """Opens the checkpoints of a run.
 
         Args:
-            workdir: the run's working directory; it is made if needed.
+            workdir: the run's working directory, local or in a bucket; it is made if needed.
             keep: how many of the newest to keep.
+            keep_every: steps; those of a multiple of it are kept too. 0 keeps none for that.
+            keep_best: how many of those with the highest scores (see `score`) are kept too.
 
         Raises:
-            ValueError: `keep` is less than 1.
+            ValueError: `keep` is less than 1, or another number less than 0; or the path is in a bucket that cannot be
+                read.
         """
-        if keep < 1:
-            raise ValueError(f"config.training.keep_checkpoints is {keep}: it must be at least 1")
-        self.directory = pathlib.Path(workdir).resolve() / CHECKPOINTS
+        for name, value, least in (
+            ("keep_checkpoints", keep, 1),
+            ("keep_every", keep_every, 0),
+            ("keep_best", keep_best, 0),
+        ):
+            if value < least:
+                raise ValueError(f"config.training.{name} is {value}: it must be at least {least}")
+        self.directory = full_path(workdir) / CHECKPOINTS
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        self._scores = _read_scores(self.directory)
+        policies: list[Any] = [policy.LatestN(keep), _HighestScores(self._scores, keep_best)]
+        if keep_every:
+            policies.append(policy.EveryNSteps(keep_every))
+        self._manager = _Manager(
             self.directory,
             item_handlers={  # pyright: ignore[reportArgumentType]
                 "state": ocp.StandardCheckpointHandler(),
                 "loader": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,  # left by a start that was killed
+            ),
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -70,9 +92,27 @@ class Checkpoints:
         """The step of the newest checkpoint, or None; one that this process is still writing counts."""
         return self._manager.latest_step()
 
-    def path(self, step: int) -> pathlib.Path:
+    def path(self, step: int) -> epath.Path:
         """Returns the folder of a checkpoint."""
         return self.directory / str(step)
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the highest score, the first of several; None if none has one."""
+        return _best(self._scores, self._manager.all_steps())
+
+    def score(self, step: int, value: float | None) -> None:
+        """Tells how good a checkpoint is; it takes effect when the next one is saved. All processes call it alike.
+
+        Args:
+            step: of the checkpoint.
+            value: the higher the better; None, or no number, is no score.
+        """
+        if value is None or not math.isfinite(value):
+            return
+        self._scores[step] = float(value)
+        if jax.process_index() == 0:
+            write_whole(self.directory / SCORES_FILE, json.dumps(self._scores, indent=1) + "\n")
 
     def save(self, step: int, state: TrainState, loader: Any = None) -> bool:
         """Starts to write a checkpoint; returns once arrays and position are copied, so that both may move on.
@@ -110,7 +150,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
-            ValueError: the checkpoint is of another model, or the loader cannot take up its position.
+            ValueError: the checkpoint is damaged, or of another model, or the loader cannot take up its position.
         """
         self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps())
@@ -158,11 +198,46 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {path_name(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def locate(path: PathLike) -> tuple[pathlib.Path, int | None]:
-    """Returns the working directory that a path means, and the step if it is the folder of one checkpoint."""
-    folder = pathlib.Path(path).resolve()
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit():
-        return folder.parent.parent, int(folder.name)
+class _Manager(ocp.CheckpointManager):
+    """Leaves it to the run when to save for a preemption: Orbax would ask JAX for it with other numbers of steps."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class _HighestScores(policy.PreservationPolicy):
+    """Keeps the checkpoints with the highest scores, as they are when it is asked."""
+
+    def __init__(self, scores: Mapping[int, float], number: int):
+        self._scores, self._number = scores, number
+
+    def should_preserve(
+        self, checkpoints: Sequence[policy.PolicyCheckpointInfo], *, context: policy.PreservationContext
+    ) -> list[bool]:
+        scored = [info.step for info in checkpoints if info.step in self._scores]
+        best = sorted(scored, key=lambda step: (-self._scores[step], step))[: self._number]
+        return [info.step in best for info in checkpoints]
+
+
+def _read_scores(directory: epath.Path) -> dict[int, float]:
+    path = directory / SCORES_FILE
+    if not path.exists():
+        return {}
+    try:
+        return {int(step): float(value) for step, value in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the scores begin anew") from error
+
+
+def _best(scores: Mapping[int, float], steps: Iterable[int]) -> int | None:
+    return max((step for step in steps if step in scores), key=lambda step: (scores[step], -step), default=None)
+
+
+def locate(path: PathLike) -> tuple[epath.Path, int | str | None]:
+    """Returns the working directory that a path means, and the step, or `BEST`, if it means one checkpoint."""
+    folder = full_path(path)
+    if folder.parent.name == CHECKPOINTS and (folder.name.isdigit() or folder.name == BEST):
+        return folder.parent.parent, BEST if folder.name == BEST else int(folder.name)
     return folder, None
 
 
@@ -170,7 +245,8 @@ def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None =
     """Reads the parameters of a checkpoint, without the optimizer.
 
     Args:
-        path: a run's working directory (its newest checkpoint is read), or WORKDIR/checkpoints/STEP.
+        path: a run's working directory (its newest checkpoint is read), WORKDIR/checkpoints/STEP, or
+            WORKDIR/checkpoints/best, the one with the highest config.training.best_metric.
         use_ema: read the averaged parameters, where the checkpoint has them; None does what the run's recipe says.
         mesh: where to put the parameters, by the run's sharding rules; it need not be the mesh of the training.
             None returns NumPy arrays.
@@ -189,6 +265,10 @@ def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None =
     use_ema = config.evaluation.use_ema if use_ema is None else use_ema
     directory = workdir / CHECKPOINTS
     finished = {int(x.name): x for x in ocp.utils.checkpoint_steps_paths(directory) if x.name.isdigit()}
+    if step == BEST:
+        step = _best(_read_scores(directory), finished)
+        if step is None:
+            raise FileNotFoundError(f"{directory} holds no checkpoint that was evaluated (config.training.keep_best)")
     if not finished or step not in (None, *finished):
         raise FileNotFoundError(f"{directory} holds no finished checkpoint{'' if step is None else f' {step}'}")
     folder = finished[max(finished) if step is None else step] / "state"

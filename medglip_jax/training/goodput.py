@@ -6,12 +6,12 @@ import json
 import logging
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from etils import epath
 
 from medglip_jax.evaluation.report import write_json
 
@@ -55,7 +55,7 @@ class Goodput:
             clock: seconds, for durations.
             now: seconds since 1970, for the time between starts.
         """
-        self._path = pathlib.Path(workdir) / GOODPUT_FILE
+        self._path = epath.Path(workdir) / GOODPUT_FILE
         self._clock, self._now = clock, now
         self._earlier = _read(self._path)
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -85,16 +85,16 @@ class Goodput:
         self._phases[0] = "step"
         self._start["first_step"] = self._start["last_step"] = step
 
-    def skip(self, seconds: float) -> None:
-        """Moves seconds of "step" to "skipped"."""
+    def take(self, skipped: float = 0.0) -> dict[str, float]:
+        """Returns the seconds of each phase since the last call.
+
+        Args:
+            skipped: share of the steps since then that were not finite, whose time does not count as training.
+        """
         self._settle()
-        moved = min(seconds, self._seconds["step"])
+        moved = skipped * (self._seconds["step"] - self._taken["step"])
         self._seconds["step"] -= moved
         self._seconds["skipped"] += moved
-
-    def take(self) -> dict[str, float]:
-        """Returns the seconds of each phase since the last call."""
-        self._settle()
         new = {name: seconds - self._taken[name] for name, seconds in self._seconds.items()}
         self._taken = dict(self._seconds)
         return new
@@ -137,7 +137,7 @@ class Goodput:
         self._since = now
 
 
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read(path: epath.Path) -> list[dict[str, Any]]:
     """Returns the earlier starts; a file that cannot be read is told and begun anew, since no run ends for its sake."""
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))["starts"]

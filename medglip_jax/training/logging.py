@@ -5,7 +5,6 @@ import datetime
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -15,7 +14,10 @@ import jax
 import numpy as np
 import rich.console
 import rich.progress
+from etils import epath
 from PIL import Image
+
+from medglip_jax.paths import append_line, drop_later_lines, is_remote
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # folder in a run's working directory
@@ -53,12 +55,11 @@ class MetricsLog:
             return
         from tensorboardX import SummaryWriter  # imports torch, where there is one
 
-        folder = pathlib.Path(workdir)
+        folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
-        if path.exists():
-            _drop_later_lines(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = folder / METRICS_FILE
+        if self._file.exists():
+            drop_later_lines(self._file, start_step)
         purge_step = start_step + 1 if start_step else None
         self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge_step)
         if wandb_project:
@@ -83,8 +84,7 @@ class MetricsLog:
             return
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), "time": round(time.time(), 3), **finite}) + "\n")
-        self._file.flush()
+        append_line(self._file, json.dumps({"step": int(step), "time": round(time.time(), 3), **finite}))
         for name, value in values.items():
             self._writer.add_scalar(name, value, int(step))
         self._writer.flush()
@@ -101,7 +101,7 @@ class MetricsLog:
         """
         if self._writer is None:
             return
-        with Image.open(path) as image:
+        with epath.Path(path).open("rb") as file, Image.open(file) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image(name, pixels, int(step), dataformats="HWC")
         self._writer.flush()
@@ -112,14 +112,13 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None and self._writer is not None:
-            self._file.close()
+        if self._writer is not None:
             self._writer.close()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def _open_wandb(project: str, folder: pathlib.Path, config: Mapping[str, Any]) -> Any:
+def _open_wandb(project: str, folder: epath.Path, config: Mapping[str, Any]) -> Any:
     """Begins a run at Weights & Biases, or goes on with the one of this folder."""
     try:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -129,24 +128,10 @@ def _open_wandb(project: str, folder: pathlib.Path, config: Mapping[str, Any]) -
         ) from None
     path = folder / WANDB_FILE
     known = path.read_text(encoding="utf-8").strip() if path.exists() else None
-    run = wandb.init(project=project, dir=str(folder), id=known, resume="allow", config=dict(config))
+    directory = None if is_remote(folder) else str(folder)
+    run = wandb.init(project=project, dir=directory, id=known, resume="allow", config=dict(config))
     path.write_text(f"{run.id}\n", encoding="utf-8")
     return run
-
-
-def _drop_later_lines(path: pathlib.Path, step: int) -> None:
-    """Keeps the lines up to a step; a last line that a kill cut in half goes too."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            keep = json.loads(line)["step"] <= step
-        except json.JSONDecodeError:
-            keep = False
-        if keep:
-            kept.append(line + "\n")
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
 
 
 class ProgressBar:

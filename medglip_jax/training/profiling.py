@@ -4,10 +4,15 @@ import logging
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 from types import TracebackType
 from typing import Any
 
 import jax
+from etils import epath
+
+from medglip_jax.paths import copy_folder, is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +58,10 @@ class Trace:
                 second on; None records nothing.
             start: steps taken before.
         """
-        self._folder = pathlib.Path(workdir) / TRACE
+        self._target = epath.Path(workdir) / TRACE
+        self._folder = str(self._target)  # a profiler writes to this machine only
+        if is_remote(workdir):
+            self._folder = tempfile.mkdtemp(prefix="medglip_trace_")
         self._first, self._last = (start + steps[0], start + steps[1]) if steps else (0, 0)
         self._running = False
 
@@ -72,7 +80,7 @@ class Trace:
             step: about to be taken, from 1.
         """
         if self._first and step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, result: Any) -> None:
@@ -90,4 +98,7 @@ class Trace:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            logger.info("trace of steps %d to %d: %s", self._first, self._last, self._folder)
+            if self._folder != str(self._target):
+                copy_folder(self._folder, self._target)
+                shutil.rmtree(self._folder)
+            logger.info("trace of steps %d to %d: %s", self._first, self._last, self._target)

@@ -1,11 +1,10 @@
-"""One optimizer step as a pure function, and what happens when its loss is not finite."""
+"""One optimizer step as a pure function."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.linen import Module
 from jax.sharding import Mesh
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from medglip_jax.detection.losses import detection_losses
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.activations import activations_on
+from medglip_jax.parallel.rules import path_name
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -21,37 +21,25 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Mapping[str, jax.Array]], tuple[TrainState, Metrics]]
 
 
-class NonFiniteLoss(ValueError):
-    """The loss or the gradient of a step is infinite or not a number.
+def gradient_groups(params: Any) -> tuple[str, ...]:
+    """Returns the names of the groups that gradients are told by where they are not finite.
 
-    Attributes:
-        step: steps that were taken before it.
-        image_ids: images of the batch that this process read.
+    A group is what shares the first two names of its path: "backbone/stage_0_block_1", "tower_2/fusion".
     """
-
-    def __init__(self, step: int, image_ids: Sequence[str], metrics: Mapping[str, Any]):
-        self.step, self.image_ids = step, tuple(str(image_id) for image_id in image_ids)
-        values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items() if name != "finite")
-        super().__init__(
-            f"the loss is not finite after {step} steps ({values}); the parameters are still those before this batch. "
-            f"Its images: {', '.join(self.image_ids)}. Look at them; if they are sound, lower "
-            "config.optimizer.learning_rate or set config.model.dtype to float32"
-        )
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return tuple(sorted({_group(path) for path in paths}))
 
 
-def check_finite(step: int, metrics: Mapping[str, Any], image_ids: Sequence[str] | np.ndarray) -> None:
-    """Waits for a step's metrics and raises if it was not finite.
+def _group(path: str) -> str:
+    return "/".join(path.split("/")[:2])
 
-    Args:
-        step: steps taken before it.
-        metrics: as the step returned them.
-        image_ids: images of its batch.
 
-    Raises:
-        NonFiniteLoss: metrics["finite"] is false.
-    """
-    if not bool(metrics["finite"]):
-        raise NonFiniteLoss(step, list(image_ids), metrics)
+def _count_nonfinite(grads: Any) -> jax.Array:
+    """Returns how many numbers of each group are not finite, int32[groups]."""
+    counts = dict.fromkeys(gradient_groups(grads), jnp.zeros((), jnp.int32))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        counts[_group(path_name(path))] += jnp.sum(~jnp.isfinite(grad), dtype=jnp.int32)
+    return jnp.stack(list(counts.values()))
 
 
 def ema_decay(step: jax.Array, decay: float) -> jax.Array:
@@ -77,7 +65,8 @@ def make_train_step(
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
         box_mask and positive_map; other keys are ignored. Metrics are float32 scalars: loss, loss_token, loss_box,
         loss_centerness, num_positives, grad_norm (before clipping), learning_rate; and finite, bool: whether loss and
-        gradient are. Where they are not, the state comes back as it was.
+        gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by `gradient_groups`.
+        Where they are not, the state comes back as it was, except that the step counts.
     """
     schedule, ema = make_schedule(config), config.optimizer.ema
 
@@ -109,9 +98,14 @@ def make_train_step(
             decay = ema_decay(state.step, ema)
             average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
         stepped = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
-        state_after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, state)
+        kept = state.replace(step=state.step + 1)
+        state_after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, kept)
+        # Only a gradient that is not finite is looked at again.
+        nonfinite = jax.lax.cond(
+            finite, lambda _: jnp.zeros(len(gradient_groups(grads)), jnp.int32), _count_nonfinite, grads
+        )
         metrics = losses | {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
-        return state_after, metrics | {"finite": finite}
+        return state_after, metrics | {"finite": finite, "nonfinite": nonfinite}
 
     return train_step

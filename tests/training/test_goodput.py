@@ -51,9 +51,9 @@ def test_taken_seconds_are_those_since_the_last_time(tmp_path):
     clock.wait(4)
     assert goodput.take()["step"] == 4
     clock.wait(1)
-    goodput.skip(0.5)
-    taken = goodput.take()
-    assert (taken["step"], taken["skipped"]) == (0.5, 0.5)
+    taken = goodput.take(skipped=0.25)
+    assert (taken["step"], taken["skipped"]) == (0.75, 0.25)
+    assert goodput.take(skipped=0.25)["step"] == 0
 
 
 def test_a_restart_adds_what_was_lost(tmp_path):

@@ -1,5 +1,6 @@
 """One step: the same on one device and on a mesh, what it learns, and what it does with a loss that is not finite."""
 
+import json
 import types
 
 import jax
@@ -10,9 +11,11 @@ from ml_collections import ConfigDict
 
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.mesh import batch_sharding, make_mesh, to_global
+from medglip_jax.parallel.rules import path_name
+from medglip_jax.training.nonfinite import NonFiniteLoss, NonFiniteSteps
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.state import abstract_state, create_state
-from medglip_jax.training.step import NonFiniteLoss, check_finite, ema_decay, make_train_step
+from medglip_jax.training.step import ema_decay, gradient_groups, make_train_step
 
 STEPS = 8
 
@@ -159,7 +162,9 @@ def test_real_boxes_and_tokens_do_change_the_loss(run, trained):
 @pytest.mark.parametrize(
     ("group", "name", "value", "loss_is_finite"), [("box", "bias", np.nan, False), (None, "log_scale", 1000, True)]
 )
-def test_loss_or_gradient_that_is_not_finite_leaves_the_state_as_it_was(run, group, name, value, loss_is_finite):
+def test_loss_or_gradient_that_is_not_finite_leaves_the_state_as_it_was(
+    run, tmp_path, group, name, value, loss_is_finite
+):
     params = jax.tree.map(lambda x: x, run.initial.params)
     leaves = params["head"][group] if group else params["head"]
     leaves[name] = np.full_like(leaves[name], value)
@@ -167,16 +172,33 @@ def test_loss_or_gradient_that_is_not_finite_leaves_the_state_as_it_was(run, gro
     before = copied(poisoned)
     state, values = run.step(poisoned, run.batch)
     assert not values["finite"] and np.isfinite(values["loss"]) == loss_is_finite
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), before, copied(state))
+    after = copied(state)
+    assert after.step == before.step + 1
+    after = after.replace(step=before.step)
+    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and a.tobytes() == b.tobytes(), before, after)
     assert all(jax.tree.leaves(same))
+
+    groups = gradient_groups(params)
+    counts = dict(zip(groups, values["nonfinite"].tolist(), strict=True))
+    sizes = dict.fromkeys(groups, 0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        sizes["/".join(path_name(path).split("/")[:2])] += leaf.size
+    assert all(0 <= counts[name] <= sizes[name] for name in groups)
+    assert any(counts.values())
 
     ids = np.array(["chest-1", "chest-2"])
     with pytest.raises(
         NonFiniteLoss, match=r"after 5 steps.*chest-1, chest-2.*config\.optimizer\.learning_rate"
     ) as caught:
-        check_finite(5, values, ids)
+        NonFiniteSteps(tmp_path, 0, groups).check(5, values, ids)
     assert caught.value.step == 5 and caught.value.image_ids == ("chest-1", "chest-2")
+    (line,) = map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())
+    assert line["step"] == 6 and line["image_ids"] == ["chest-1", "chest-2"]
+    assert line["nonfinite_gradients"] == {name: count for name, count in counts.items() if count}
 
 
-def test_finite_loss_is_let_through(trained):
-    check_finite(0, trained[1][0], ["chest-1"])
+def test_finite_loss_is_let_through(trained, tmp_path):
+    values = trained[1][0]
+    assert not values["nonfinite"].any()
+    assert NonFiniteSteps(tmp_path, 0, ["group"] * values["nonfinite"].size).check(0, values, ["chest-1"])
+    assert not (tmp_path / "nonfinite.jsonl").exists()
