@@ -2,7 +2,11 @@
 
 import dataclasses
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +25,22 @@ _log = logging.getLogger(__name__)
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Keeps OpenCV to one thread: threads and processes of the loader share the cores already."""
+    """Prepares a decode process.
+
+    Threads and processes of the loader share the cores already: OpenCV keeps to one. Signals to a whole group of
+    processes, Ctrl-C or a preemption, are for the run, which ends its workers when it has saved; where it was killed
+    and cannot, they end by themselves.
+    """
     cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def make_batches(examples: grain.MapDataset, data: ConfigDict, batch_size: int) -> grain.IterDataset:

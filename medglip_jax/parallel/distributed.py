@@ -5,15 +5,18 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+
+from medglip_jax.parallel.roll_call import call_roll
 
 logger = logging.getLogger(__name__)
 
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+_JOIN_SECONDS = 300.0  # JAX's own limit
 _PORT = "8476"  # of the coordinator in a JobSet, unless JAX_COORDINATOR_PORT is another one
 
 # What launch/jobset.py sets in every pod, and Kubernetes itself (the last one).
@@ -28,11 +31,13 @@ class Cluster:
         launcher: what started it.
         arguments: of `jax.distributed.initialize`; those that are missing JAX detects.
         certain: whether there are several processes for sure. Where not, JAX asks, and may find one machine.
+        hosts: names of the hosts of the processes, for messages; empty where they are not known.
     """
 
     launcher: str
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     certain: bool = True
+    hosts: Sequence[str] = ()
 
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
@@ -63,7 +68,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     hosts = next((environment[name] for name in _TPU_HOSTS if name in environment), None)
     if hosts is not None:
         several = len(hosts.split(",")) > 1 or int(environment.get("MEGASCALE_NUM_SLICES") or "1") > 1
-        return Cluster("TPU") if several else None
+        return Cluster("TPU", hosts=hosts.split(",")) if several else None
     if any(os.path.exists(path) for path in _TPU_DEVICES):
         return Cluster("TPU", certain=False)  # a TPU VM, whose metadata JAX asks for the other hosts
     if "JOBSET_NAME" in environment:
@@ -136,7 +141,35 @@ def _jobset(environment: Mapping[str, str]) -> Cluster | None:
         "process_id": index * pods + pod,
         "cluster_detection_method": "deactivate",  # all is known; JAX would ask for the package kubernetes
     }
-    return Cluster("JobSet", arguments)
+    hosts = [f"{name}-{job}-{i}-{k}" for i in range(replicas) for k in range(pods)]
+    return Cluster("JobSet", arguments, hosts=hosts)
+
+
+def _meet(cluster: Cluster) -> None:
+    """Waits for all processes of a run, to name those that do not come."""
+    text = os.environ.get("MEDGLIP_JOIN_SECONDS", str(_JOIN_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise ValueError(f"MEDGLIP_JOIN_SECONDS is {text!r}: expected seconds") from None
+    if seconds <= 0:
+        return
+    names = ("coordinator_address", "num_processes", "process_id")
+    address, count, process = (cluster.arguments.get(name) for name in names)
+    if None in (address, count, process):
+        try:
+            from jax._src.clusters import ClusterEnv
+
+            address, count, process, _ = ClusterEnv.auto_detect_unset_distributed_params(
+                address, count, process, [], None, int(seconds)
+            )
+        except (ImportError, AttributeError, TypeError):  # no public interface: another version may have another one
+            logger.info("this version of JAX does not tell where the processes meet; it names none that is missing")
+            return
+    if address is None or count is None or process is None or count < 2:
+        return
+    hosts = cluster.hosts if len(cluster.hosts) == count else ()
+    call_roll(address, process, count, seconds=seconds, names=hosts)
 
 
 def initialize_distributed() -> None:
@@ -146,8 +179,12 @@ def initialize_distributed() -> None:
     detected. Anywhere else set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID
     in each process.
 
+    The processes wait MEDGLIP_JOIN_SECONDS for each other, 300 if that is not set; with 0 they leave it to JAX, which
+    does not tell who is missing.
+
     Raises:
         ValueError: the environment says that there are several processes, but not all that is needed to connect them.
+        HostMissing: some did not come.
     """
     if jax.distributed.is_initialized():
         return
@@ -155,6 +192,7 @@ def initialize_distributed() -> None:
     if cluster is None:
         return
     try:
+        _meet(cluster)
         jax.distributed.initialize(**cluster.arguments)
     except ValueError as error:
         if "coordinator_address" not in str(error):  # JAX's word for: this machine is in no cluster

@@ -60,7 +60,13 @@ def initialized(monkeypatch):
             raise ValueError("coordinator_address should be defined.")
         calls.append((coordinator_address, num_processes, process_id, local_device_ids))
 
+    def call_roll(address, process, count, *, seconds, names):
+        assert seconds == 300 and len(names) in (0, count)
+        met.append((address, count, process))
+
+    met = []
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "call_roll", call_roll)
 
     def start(environment):
         for name in {*ORTE, *OPEN_MPI, *SLURM, *TPU, *JOBSET, "JAX_COORDINATOR_ADDRESS", "CUDA_VISIBLE_DEVICES"}:
@@ -69,6 +75,7 @@ def initialized(monkeypatch):
             monkeypatch.setenv(name, value)
         initialize_distributed()
         assert len(calls) <= 1
+        assert [call[:3] for call in calls] == met  # they meet where JAX connects them
         return calls[0] if calls else None
 
     return start

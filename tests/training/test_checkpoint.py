@@ -143,6 +143,50 @@ def test_the_newest_are_kept(run, state):
         Checkpoints(run, keep=0)
 
 
+def steps_after(folder, state, steps, scores=(), **keep):
+    with Checkpoints(folder, **keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state)
+            checkpoints.score(step, dict(scores).get(step))
+    with Checkpoints(folder, **keep) as checkpoints:
+        kept = sorted(int(path.name) for path in checkpoints.directory.iterdir() if path.is_dir())
+        return kept, checkpoints.best_step
+
+
+def test_multiples_and_the_best_are_kept_beside_the_newest(tmp_path, state):
+    scores = {1: 0.1, 2: 0.5, 3: float("nan"), 4: 0.5, 5: 0.3, 6: None, 7: 0.2, 8: 0.1}
+    few = {"step": state.step}
+    few = state.replace(params=few, opt_state=(), ema=None)
+    assert steps_after(tmp_path / "a", few, range(1, 9), keep=1, keep_every=3) == ([3, 6, 8], None)
+    kept, best = steps_after(tmp_path / "b", few, range(1, 9), scores.items(), keep=2, keep_best=1)
+    assert (kept, best) == ([2, 7, 8], 2)  # of equal ones the first
+    kept, best = steps_after(tmp_path / "b", few, [9, 10], {9: 0.9}.items(), keep=1, keep_best=2)
+    assert (kept, best) == ([2, 9, 10], 9)
+
+
+def test_best_checkpoint_is_found_by_name(run, state):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint that was evaluated"):
+        load_params(run / "checkpoints" / "best")
+    with Checkpoints(run, keep=5) as checkpoints:
+        checkpoints.score(1, 0.7)
+        checkpoints.score(2, 0.6)
+    assert locate(run / "checkpoints" / "best") == (run, "best")
+    params, _ = load_params(run / "checkpoints" / "best", use_ema=False)
+    assert_same_bits(params, filled(state, seed=1).params)
+
+
+@pytest.mark.parametrize(("name", "value"), [("keep", 0), ("keep_every", -1), ("keep_best", -1)])
+def test_numbers_to_keep_are_checked(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"config.training.keep.* is {value}: it must be at least"):
+        Checkpoints(tmp_path, **{"keep": 1, name: value})
+
+
+def test_damaged_scores_are_named(run):
+    (run / "checkpoints" / "scores.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"scores.json is damaged .*remove it"):
+        Checkpoints(run, keep=1)
+
+
 def test_loader_goes_on_with_the_next_batch(tmp_path, parts, state, loader_of):
     loader = loader_of()
     for _ in range(3):
