@@ -46,7 +46,7 @@ from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
-from medglip_jax.parallel.distributed import initialize_distributed
+from medglip_jax.parallel.distributed import initialize_distributed, wait_for_processes
 from medglip_jax.parallel.mesh import (
     batch_parts,
     batch_sharding,
@@ -241,8 +241,11 @@ def _train(
             arrays = to_global(batch, mesh)
             recompilation.before(arrays)
             trace.before(step)
-            with goodput.phase("compile") if step == start + 1 else contextlib.nullcontext():
-                state, metrics = step_fn(state, arrays)
+            if step == start + 1:
+                with goodput.phase("compile"):
+                    step_fn.lower(state, arrays).compile()  # what the call below then finds
+                    wait_for_processes("compiled")
+            state, metrics = step_fn(state, arrays)
             recompilation.after()
             trace.after(step, metrics)
             pending.add(step - 1, metrics, batch["image_id"])

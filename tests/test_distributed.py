@@ -1,38 +1,17 @@
 """Two real processes on loopback train and evaluate like one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import signal
+import time
 
+import jax
 import numpy as np
 import pytest
 
+from benchmarks.chaos import TrainingProcesses
 from data_pipelines.build import build
 from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.configuration import save_config
-
-_RUN = """
-import sys, jax
-jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
-jax.config.update("jax_compilation_cache_dir", sys.argv[2])
-from medglip_jax.train import main
-sys.exit(main(sys.argv[3:]))
-"""
-
-
-def start(devices: int, cache: str, arguments: list[str], **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", _RUN, str(devices), cache, *arguments]
-    # Threads of the runtime, by default as many as cores: devices of two processes wait for each other in collectives,
-    # for ever where a waiting device holds the thread that the other one needs.
-    environment = {**os.environ, "PJRT_NPROC": "16", **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output.decode()[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -46,40 +25,32 @@ def recipe(tiny_config, tmp_path_factory):
     config.mesh.fsdp = 2
     model = config.model
     assert model.swin.drop_path and model.fpn.drop_block and model.bert.dropout and model.tower.fusion_dropout
-    config.schedule.steps, config.schedule.warmup_steps, config.training.log_every = 4, 1, 1
+    config.schedule.steps, config.schedule.warmup_steps, config.training.log_every = 6, 1, 1
     save_config(config, folder / "recipe.json")
     return folder / "recipe.json"
 
 
-def test_two_processes_give_the_losses_and_the_precision_of_one(recipe, tmp_path):
-    import jax
-
+def test_two_processes_one_of_them_told_to_stop_give_the_numbers_of_one(recipe, tmp_path):
     cache = str(jax.config.jax_compilation_cache_dir)
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
-    arguments = ["--config", str(recipe), "--workdir", str(tmp_path / "two")]
-    pair = [
-        start(
-            2,
-            cache,
-            arguments,
-            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-            JAX_NUM_PROCESSES="2",
-            JAX_PROCESS_ID=str(index),
-        )
-        for index in range(2)
-    ]
-    for process in pair:
-        finish(process)
-    finish(start(4, cache, ["--config", str(recipe), "--workdir", str(tmp_path / "one")]))
+    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, cache=cache) as pair:
+        while not (tmp_path / "two" / "status.json").exists():
+            assert pair.processes[0].poll() is None, pair.read()[-3000:]
+            time.sleep(0.1)
+        pair.processes[1].send_signal(signal.SIGTERM)
+        assert pair.wait() == [0, 0], pair.read(0)[-3000:] + pair.read(1)[-3000:]
+    status = json.loads((tmp_path / "two" / "status.json").read_text())
+    assert status["status"] == "resume" and 0 <= status["step"] < 6  # in both processes, told to one
+    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, cache=cache) as pair:
+        pair.finish()
+    with TrainingProcesses(recipe, tmp_path / "one", devices=4, cache=cache) as single:
+        single.finish()
 
     def read(name: str):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines], json.loads((tmp_path / name / "evaluation.json").read_text())
 
     (steps_of_two, of_two), (steps_of_one, of_one) = read("two"), read("one")
-    assert len(steps_of_two) == len(steps_of_one) > 4
+    assert [line["step"] for line in steps_of_two] == [line["step"] for line in steps_of_one] == [*range(1, 7), 6]
     names = ("loss", "loss_token", "loss_box", "loss_centerness", "num_positives", "grad_norm", "learning_rate")
     for ours, theirs in zip(steps_of_two, steps_of_one, strict=True):
         for name in names:

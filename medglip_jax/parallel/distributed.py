@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from medglip_jax.parallel.roll_call import call_roll
 
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 _TPU_DEVICES = ("/dev/accel0", "/dev/vfio/0")
 _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _JOIN_SECONDS = 300.0  # JAX's own limit
+_BARRIER_MILLISECONDS = 3_600_000  # compilation of one process may come from a cache; a hung one ends by the watchdog
 _PORT = "8476"  # of the coordinator in a JobSet, unless JAX_COORDINATOR_PORT is another one
 
 # What launch/jobset.py sets in every pod, and Kubernetes itself (the last one).
@@ -203,3 +205,16 @@ def initialize_distributed() -> None:
                 + (": libtpu or the TPU is missing (pip install 'jax[tpu]')" if cluster.launcher == "TPU" else "")
                 + "; set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in each process"
             ) from error
+
+
+def wait_for_processes(what: str) -> None:
+    """Returns when all processes of the run are there; does nothing in a run of one process.
+
+    Without a collective: those of CPUs and GPUs give up after seconds or minutes where a process comes late, as after
+    compilation on a busy machine.
+
+    Args:
+        what: they all have done, another for each place in the program.
+    """
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"medglip {what}", timeout_ms=_BARRIER_MILLISECONDS)
