@@ -75,11 +75,13 @@ def drop_later_lines(path: str | os.PathLike[str], step: int) -> int:
 
 def copy_folder(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Copies all files below a folder into another one, from or to a bucket."""
-    for folder, _, files in epath.Path(source).walk():
-        place = epath.Path(target) / os.path.relpath(os.fspath(folder), os.fspath(source))
-        place.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            (place / name).write_bytes((folder / name).read_bytes())
+    place = epath.Path(target)
+    place.mkdir(parents=True, exist_ok=True)
+    for entry in epath.Path(source).iterdir():  # epath's walk forgets which bucket it is in
+        if entry.is_dir():
+            copy_folder(entry, place / entry.name)
+        else:
+            (place / entry.name).write_bytes(entry.read_bytes())
 
 
 @contextlib.contextmanager
