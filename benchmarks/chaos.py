@@ -207,20 +207,18 @@ def main() -> int:
         build(Phantoms(40, size=64, seed=3), folder / "records", name="phantoms", progress=False)
         config = recipe(folder / "records")
         config.schedule.steps = STEPS
-        config.training.checkpoint_every, config.training.log_every, config.training.keep_checkpoints = (
-            SAVED_EVERY,
-            1,
-            2,
-        )
+        training = config.training
+        training.checkpoint_every, training.log_every, training.keep_checkpoints = SAVED_EVERY, 1, 2
         file = folder / "recipe.json"
         save_config(config, file)
-        for title, kills, start in (
-            ("one process", options.kills, {"devices": 2}),
-            ("two processes", options.pair_kills, {"processes": 2}),
+        for title, kills, processes in (
+            ("one process", options.kills, 1),
+            ("two processes", options.pair_kills, 2),
         ):
             if not kills:
                 continue
-            start |= {"cache": str(folder / "cache"), "overrides": ["--config.mesh.data=1", "--config.mesh.fsdp=2"]}
+            start: dict[str, Any] = {"processes": processes, "devices": 2 // processes, "cache": str(folder / "cache")}
+            start["overrides"] = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
             place = folder / title.replace(" ", "_")
             with TrainingProcesses(file, place / "alone", **start) as started:
                 started.finish()
