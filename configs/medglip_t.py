@@ -123,6 +123,11 @@ def get_config() -> ConfigDict:
     config.schedule.step_points = (0.67, 0.89)  # fractions of the run
     config.schedule.step_factor = 0.1  # see step_points
 
+    config.finetune = ConfigDict()  # what trains, most often from config.init.model on; see docs/finetuning.md
+    config.finetune.mode = ""  # full (or ""), or heads: head/*
+    config.finetune.frozen = ()  # patterns (re.search) of paths that do not train, in any mode: ("^language/",)
+    config.finetune.layer_decay = 1.0  # rate of an encoder layer over that of the next one, as in BEiT; 1 is off
+
     config.mesh = ConfigDict()  # devices along each axis; one axis may be -1: all remaining devices
     config.mesh.replica = 1  # batch axis between slices, whose network is slow; see docs/pods.md
     config.mesh.data = -1  # batch axis

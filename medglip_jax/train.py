@@ -57,7 +57,7 @@ from medglip_jax.training.goodput import Goodput
 from medglip_jax.training.logging import MetricsLog, ProgressBar
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.profiling import TRACED_STEPS, Trace, dump_hlo, parse_steps
-from medglip_jax.training.state import TrainState, abstract_state, create_state
+from medglip_jax.training.state import TrainState, abstract_state, create_state, evaluated_parameters
 from medglip_jax.training.step import check_finite, make_train_step
 from medglip_jax.training.telemetry import RecompilationGuard, Telemetry
 
@@ -175,7 +175,7 @@ def train(
     detector = make_detector(model, config, mesh)
 
     def evaluate(state: TrainState, sheet: pathlib.Path | None = None) -> dict[str, Any]:
-        params = state.ema if config.evaluation.use_ema and state.ema is not None else state.params
+        params = evaluated_parameters(state, config)
         return evaluate_records(
             model, params, config, config.data.eval, mesh, tokenizer=tokenizer, sheet=sheet, detector=detector
         )
