@@ -124,9 +124,17 @@ def get_config() -> ConfigDict:
     config.schedule.step_factor = 0.1  # see step_points
 
     config.finetune = ConfigDict()  # what trains, most often from config.init.model on; see docs/finetuning.md
-    config.finetune.mode = ""  # full (or ""), or heads: head/*
+    config.finetune.mode = ""  # full (or ""), heads (head/*), lora (adapters), or prompt (offsets of phrases' tokens)
     config.finetune.frozen = ()  # patterns (re.search) of paths that do not train, in any mode: ("^language/",)
     config.finetune.layer_decay = 1.0  # rate of an encoder layer over that of the next one, as in BEiT; 1 is off
+    config.finetune.lora_rank = 0  # inner width of the adapters; 0 has none (LoRA, arXiv 2106.09685: 4 to 64)
+    config.finetune.lora_alpha = 16.0  # an adapter adds lora_alpha / lora_rank * A B to its kernel; ours
+    config.finetune.lora_patterns = (  # kernels with an adapter: attention of Swin, BERT and the tower's text; fusion
+        r"^backbone/\w+/attention/(qkv|proj)/kernel$",
+        r"^(language/layer_\d+|tower_\d+/text)/(query|key|value|attention_output)/kernel$",
+        r"^tower_\d+/fusion/\w+_proj/kernel$",
+    )
+    config.finetune.phrases = ""  # of mode prompt: FILE.txt of one a line, or "left lung. nodule"; "" is data.train's
 
     config.mesh = ConfigDict()  # devices along each axis; one axis may be -1: all remaining devices
     config.mesh.replica = 1  # batch axis between slices, whose network is slow; see docs/pods.md

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.configuration import CONFIG_FILE, load_config
 from medglip_jax.errors import list_mismatches
+from medglip_jax.model.lora import LORA, merge_adapters, without_adapters
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, path_name, shardings
 from medglip_jax.training.finetuning import join, select_paths
@@ -168,7 +169,7 @@ def locate(path: PathLike) -> tuple[pathlib.Path, int | None]:
 
 
 def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None = None) -> tuple[Any, ConfigDict]:
-    """Reads the parameters of a checkpoint, without the optimizer.
+    """Reads the model's parameters of a checkpoint, without the optimizer; adapters are merged into them.
 
     Args:
         path: a run's working directory (its newest checkpoint is read), or WORKDIR/checkpoints/STEP.
@@ -212,7 +213,11 @@ def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None =
     restored = reader.restore(
         folder, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     )
-    return join(restored.get("params", {}), restored.get("ema", {})), config
+    params = join(restored.get("params", {}), restored.get("ema", {}))
+    if mesh is not None and LORA in params:
+        merge = jax.jit(merge_adapters, static_argnums=1, out_shardings=without_adapters(placed))
+        return merge(params, config.finetune.lora_alpha), config
+    return merge_adapters(params, config.finetune.lora_alpha), config
 
 
 def _paths(tree: Any) -> frozenset[str]:

@@ -13,13 +13,14 @@ import jax
 from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from medglip_jax.model.lora import LORA, make_adapters
 from medglip_jax.parallel.rules import path_name
 
 Config = ConfigDict | FrozenConfigDict
-Params = dict[str, Any]
+Params = Any  # nested dict of arrays, or of their shapes
 
 # Of each mode, the paths that train: re.search of this pattern finds them.
-MODES = {"full": r"", "heads": r"^head/"}
+MODES = {"full": r"", "heads": r"^(head|lora)/", "lora": r"^lora/"}
 
 
 def check_finetune(finetune: Config) -> None:
@@ -37,6 +38,32 @@ def check_finetune(finetune: Config) -> None:
         raise ValueError(
             f"config.finetune.layer_decay is {finetune.layer_decay}: expected a number above 0, at most 1 (off)"
         )
+    rank = finetune.lora_rank
+    if rank < 0 or (mode == "lora" and not rank):
+        raise ValueError(f"config.finetune.lora_rank is {rank}: expected at least {int(mode == 'lora')}, such as 8")
+    if rank and mode not in ("lora", "heads"):
+        raise ValueError(
+            f"config.finetune.lora_rank is {rank}, but with config.finetune.mode {mode!r} the kernels themselves "
+            "train: set the mode to lora, or to heads to train adapters and head, or the rank to 0"
+        )
+
+
+def add_adapters(params: Params, finetune: Config, rng: jax.Array) -> Params:
+    """Returns a model's parameters with the adapters that `config.finetune` asks for.
+
+    Args:
+        params: parameters of the model.
+        finetune: `config.finetune`; reads `lora_rank` and `lora_patterns`.
+        rng: random key.
+
+    Raises:
+        ValueError: a pattern is found in no path, or in that of another parameter than a dense layer's kernel.
+    """
+    if not finetune.lora_rank:
+        return params
+    paths = traverse_util.flatten_dict(params, sep="/")
+    found = {path for pattern in finetune.lora_patterns for path in match_paths(pattern, paths, "lora_patterns")}
+    return {**params, LORA: make_adapters(params, sorted(found), finetune.lora_rank, rng)}
 
 
 def trained_paths(paths: Iterable[str], finetune: Config) -> frozenset[str]:
@@ -147,11 +174,13 @@ def layer_depth(path: str, model: Config) -> tuple[int, int] | None:
 def layer_multiplier(path: str, config: Config) -> float:
     """Returns `layer_decay` to the power of (layers + 1 - depth), as in BEiT (arXiv 2106.08254): 1 after the encoders.
 
+    An adapter has the rate of its layer.
+
     Args:
         path: of the parameter.
         config: a recipe; reads `finetune.layer_decay` and `model`.
     """
-    place = layer_depth(path, config.model)
+    place = layer_depth(path.removeprefix(f"{LORA}/"), config.model)
     return 1.0 if place is None else float(config.finetune.layer_decay ** (place[1] + 1 - place[0]))
 
 

@@ -10,9 +10,10 @@ from flax.linen import Module
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from medglip_jax.model.lora import LORA, merge_adapters
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import AnyMesh, Rules, follow_parameters, match_rules, shardings
-from medglip_jax.training.finetuning import join, split_trained
+from medglip_jax.training.finetuning import add_adapters, join, split_trained
 
 _DUMMY_SIDE = 64  # pixels; no parameter depends on the size of the image
 
@@ -22,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32[], optimizer steps taken.
-        params: parameters, float32.
+        params: parameters of the model and of its adapters (`model.lora`), float32.
         opt_state: of the optimizer, for the parameters that train (`finetuning.split_trained`).
         ema: running average of the parameters that train, or None.
         rng: random key of dropout; the step folds its number into it, so it never changes.
@@ -36,8 +37,10 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def evaluated_parameters(state: TrainState, config: ConfigDict | FrozenConfigDict) -> Any:
-    """Returns the parameters to evaluate with: of what trains the average, if there is one and the recipe wants it."""
-    return join(state.params, state.ema) if config.evaluation.use_ema and state.ema is not None else state.params
+    """Returns the model's parameters to evaluate with: averages, if there are and the recipe wants them, and merged."""
+    averaged = config.evaluation.use_ema and state.ema is not None
+    params = join(state.params, state.ema) if averaged else state.params
+    return jax.jit(merge_adapters, static_argnums=1)(params, config.finetune.lora_alpha) if LORA in params else params
 
 
 def state_specs(shapes: TrainState, params: Any) -> TrainState:
@@ -74,6 +77,7 @@ def _initialize(
     pixels = jnp.zeros((1, _DUMMY_SIDE, _DUMMY_SIDE, 3))
     tokens = jnp.ones((1, config.data.max_tokens), jnp.int32)
     params = model.init(params_rng, pixels, tokens, tokens)["params"]
+    params = add_adapters(params, config.finetune, jax.random.fold_in(params_rng, 0))
     trained, _ = split_trained(params, config.finetune)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import detection_losses
+from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.training.finetuning import join, split_trained
@@ -90,7 +91,7 @@ def make_train_step(
         def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
             with activations_on(mesh, config.activation_rules):
                 outputs: Any = model.apply(
-                    {"params": join(fixed, trained)},
+                    {"params": merge_adapters(join(fixed, trained), config.finetune.lora_alpha)},
                     pixels,
                     batch["input_ids"],
                     batch["attention_mask"],

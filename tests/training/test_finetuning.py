@@ -1,5 +1,6 @@
 """What trains in each mode, what is kept of what does not, and the rates of the layers."""
 
+import functools
 import re
 
 import jax
@@ -26,6 +27,8 @@ MODES = {
     "full": ({}, r""),
     "frozen": ({"frozen": ("^language/", "^backbone/patch_embed")}, r"^(backbone/stage|tower|head)"),
     "heads": ({"mode": "heads"}, r"^head/"),
+    "lora": ({"mode": "lora", "lora_rank": 2}, r"^lora/"),
+    "lora and head": ({"mode": "heads", "lora_rank": 2}, r"^(lora|head)/"),
 }
 
 
@@ -45,6 +48,7 @@ def recipe_of(tiny_config, mode):
     config = tiny_config.copy_and_resolve_references()
     config.schedule.warmup_steps = 0
     config.optimizer.learning_rate, config.optimizer.weight_decay, config.optimizer.text_scale = 1e-2, 0.1, 1.0
+    config.finetune.lora_patterns = ("/(qkv|query|v_proj)/kernel$",)
     config.finetune.update(MODES[mode][0])
     return config
 
@@ -79,8 +83,14 @@ def mode(request):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, mode):
-    return Run(recipe_of(tiny_config, mode))
+def run_of(tiny_config):
+    """Returns the run of a mode; each is compiled once."""
+    return functools.cache(lambda mode: Run(recipe_of(tiny_config, mode)))
+
+
+@pytest.fixture(scope="module")
+def run(run_of, mode):
+    return run_of(mode)
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +123,14 @@ def test_optimizer_and_average_hold_what_trains_and_nothing_else(states, mode):
     assert moments == 2 * sum(flat(states[0].params)[path].size for path in wanted)
 
 
-def test_gradient_norm_is_that_of_what_trains(tiny_config):
-    norms = {}
+def test_all_modes_start_at_the_loss_of_the_base_and_have_the_gradient_of_what_trains(run_of):
+    norms, losses = {}, {}
     for name in MODES:
-        run = Run(recipe_of(tiny_config, name))
-        _, metrics = run.step(run.start())
-        norms[name] = float(metrics["grad_norm"])
+        _, metrics = run_of(name).step(run_of(name).start())
+        norms[name], losses[name] = float(metrics["grad_norm"]), float(metrics["loss"])
+    np.testing.assert_allclose([*losses.values()], losses["full"], rtol=1e-6)
     assert norms["full"] > norms["frozen"] > norms["heads"] > 0
+    np.testing.assert_allclose(norms["lora and head"] ** 2, norms["lora"] ** 2 + norms["heads"] ** 2, rtol=1e-5)
 
 
 def test_stopped_run_goes_on_to_the_same_bits_on_its_mesh_and_on_another(run, states, tmp_path):
@@ -132,14 +143,22 @@ def test_stopped_run_goes_on_to_the_same_bits_on_its_mesh_and_on_another(run, st
     assert_same_bits(resumed, states[3])
     assert_same_bits(spread, states[2])
     assert jax.tree.map(lambda x: x.sharding, spread) == jax.tree.map(lambda x: x.sharding, other.target())
-    # What evaluates is the average of what trains, and the fixed rest.
-    assert_same_bits(load_params(tmp_path)[0], jax.device_get(evaluated_parameters(states[2], run.config)))
+    evaluated = evaluated_parameters(states[2], run.config)
+    for mesh in (None, other.mesh):
+        loaded, _ = load_params(tmp_path, mesh=mesh)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), loaded, evaluated)
+    query = loaded["language"]["layer_0"]["query"]["kernel"].sharding
+    assert query == other.target().params["language"]["layer_0"]["query"]["kernel"].sharding
 
 
-def test_average_is_of_what_trains(states, mode):
-    kept = flat(evaluated_parameters(states[-1], get_config()))
+def test_what_evaluates_is_the_average_of_what_trains_and_the_fixed_rest(states, mode):
+    config = get_config()
+    config.finetune.lora_alpha = 0.0
+    kept = flat(evaluated_parameters(states[-1], config))
+    assert kept.keys() == SHAPES.keys()
     for path, x in flat(states[-1].params).items():
-        assert (kept[path] == x).all() != bool(re.search(MODES[mode][1], path)), path
+        if path in kept:
+            assert (kept[path] == x).all() != bool(re.search(MODES[mode][1], path)), path
 
 
 def test_mode_changed_on_the_way_is_an_error(tiny_config, tmp_path):
@@ -157,6 +176,9 @@ def test_mode_changed_on_the_way_is_an_error(tiny_config, tmp_path):
         ({"frozen": ("^languages/",)}, r"'\^languages/' is found in .* no parameter; the nearest are language/"),
         ({"frozen": ("(",)}, r"config\.finetune\.frozen: '\(' is no regular expression"),
         ({"frozen": ("",)}, r"leaves nothing to train"),
+        ({"mode": "lora"}, r"config\.finetune\.lora_rank is 0: expected at least 1"),
+        ({"lora_rank": -1}, r"config\.finetune\.lora_rank is -1: expected at least 0"),
+        ({"lora_rank": 4}, r"lora_rank is 4, but with config\.finetune\.mode '' the kernels themselves"),
         ({"layer_decay": 0.0}, r"config\.finetune\.layer_decay is 0\.0"),
         ({"layer_decay": 1.5}, r"config\.finetune\.layer_decay is 1\.5"),
     ],
