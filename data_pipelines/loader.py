@@ -24,7 +24,7 @@ from data_pipelines.examples import ExampleSource, decode_example
 from data_pipelines.mixture import Series, sampling_order, sampling_rates
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.record_index import concatenate, read_index
-from data_pipelines.records import Records, RecordsError, find_shards
+from data_pipelines.records import Records, RecordsError, find_all_shards, find_shards
 from data_pipelines.schema import MODALITIES, GroundingExample
 from data_pipelines.text import (
     PromptRule,
@@ -170,15 +170,6 @@ def _check_processes(process_index: int, process_count: int) -> None:
         raise ValueError(f"process {process_index} of {process_count}: it must be from 0 to {process_count - 1}")
 
 
-def _find_all(train: str) -> list[Records]:
-    """Finds the records of "DIR[:SPLIT],DIR[:SPLIT],..."."""
-    if not train.strip():
-        raise RecordsError("config.data.train is empty: set it to the records to train on, DIR or DIR:SPLIT")
-    if os.path.isdir(train) or os.path.isdir(train.rpartition(":")[0]):  # a comma may be part of a name
-        return [find_shards(train)]
-    return [find_shards(path.strip()) for path in train.split(",") if path.strip()]
-
-
 def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tuple[Series, str]:
     """Returns the series of records, and a name that tells it from others."""
     number = sum(split.num_examples for split in records)
@@ -249,7 +240,7 @@ def train_loader(
             f"places {list(places)}: process {process_index} of {process_count} reads {batch_size} rows of a global "
             f"batch of {process_count * batch_size}"
         )
-    records = _find_all(data.train)
+    records = find_all_shards(data.train)
     source = ExampleSource(*records)
     series, name = _make_series(records, data, seed)
     listed = Quarantine(data.quarantine or quarantine, data.max_corrupt, process_index)

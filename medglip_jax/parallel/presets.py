@@ -66,10 +66,10 @@ def adapter_rules(rules: Rules) -> Rules:
 
 
 def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
-    """Returns the sharding rules of a recipe: its own, then those of its preset, then those of adapters if it has any.
+    """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules`, `sharding` and `finetune.lora_rank`.
+        config: a recipe; reads `sharding_rules`, `sharding` and `finetune`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -79,4 +79,6 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"config.sharding is {config.sharding!r}: {hint}")
     rules = (*config.sharding_rules, *PRESETS[config.sharding])
-    return (*rules, *adapter_rules(rules)) if config.finetune.lora_rank else rules
+    if config.finetune.lora_rank:
+        return (*rules, *adapter_rules(rules))
+    return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase

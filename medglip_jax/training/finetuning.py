@@ -14,13 +14,15 @@ from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.model.lora import LORA, make_adapters
+from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.rules import path_name
+from medglip_jax.training.phrases import make_offsets
 
 Config = ConfigDict | FrozenConfigDict
 Params = Any  # nested dict of arrays, or of their shapes
 
 # Of each mode, the paths that train: re.search of this pattern finds them.
-MODES = {"full": r"", "heads": r"^(head|lora)/", "lora": r"^lora/"}
+MODES = {"full": r"", "heads": r"^(head|lora)/", "lora": r"^lora/", "prompt": r"^prompt/offsets$"}
 
 
 def check_finetune(finetune: Config) -> None:
@@ -43,22 +45,31 @@ def check_finetune(finetune: Config) -> None:
         raise ValueError(f"config.finetune.lora_rank is {rank}: expected at least {int(mode == 'lora')}, such as 8")
     if rank and mode not in ("lora", "heads"):
         raise ValueError(
-            f"config.finetune.lora_rank is {rank}, but with config.finetune.mode {mode!r} the kernels themselves "
-            "train: set the mode to lora, or to heads to train adapters and head, or the rank to 0"
+            f"config.finetune.lora_rank is {rank} and config.finetune.mode is {mode!r}: adapters train in the mode "
+            "lora, or heads (with the head); set the mode to one of them, or the rank to 0"
+        )
+    if finetune.phrases and mode != "prompt":
+        raise ValueError(
+            f"config.finetune.phrases is {finetune.phrases!r} and config.finetune.mode is {mode!r}: phrases have "
+            "learned offsets in the mode prompt only"
         )
 
 
-def add_adapters(params: Params, finetune: Config, rng: jax.Array) -> Params:
-    """Returns a model's parameters with the adapters that `config.finetune` asks for.
+def add_parameters(params: Params, config: Config, rng: jax.Array) -> Params:
+    """Returns a model's parameters with the adapters, or the offsets of phrases, that `config.finetune` asks for.
 
     Args:
         params: parameters of the model.
-        finetune: `config.finetune`; reads `lora_rank` and `lora_patterns`.
+        config: a recipe; reads `finetune`, and for offsets what `make_offsets` reads.
         rng: random key.
 
     Raises:
-        ValueError: a pattern is found in no path, or in that of another parameter than a dense layer's kernel.
+        ValueError: a pattern is found in no path, or in that of another parameter than a dense layer's kernel; or see
+            `make_offsets`.
     """
+    finetune = config.finetune
+    if finetune.mode == "prompt":
+        return {**params, PROMPT: make_offsets(config)}
     if not finetune.lora_rank:
         return params
     paths = traverse_util.flatten_dict(params, sep="/")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from medglip_jax.model.lora import LORA, merge_adapters
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import AnyMesh, Rules, follow_parameters, match_rules, shardings
-from medglip_jax.training.finetuning import add_adapters, join, split_trained
+from medglip_jax.training.finetuning import add_parameters, join, split_trained
 
 _DUMMY_SIDE = 64  # pixels; no parameter depends on the size of the image
 
@@ -23,7 +23,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32[], optimizer steps taken.
-        params: parameters of the model and of its adapters (`model.lora`), float32.
+        params: parameters of the model, of its adapters (`model.lora`) and offsets (`model.text_offsets`).
         opt_state: of the optimizer, for the parameters that train (`finetuning.split_trained`).
         ema: running average of the parameters that train, or None.
         rng: random key of dropout; the step folds its number into it, so it never changes.
@@ -77,7 +77,7 @@ def _initialize(
     pixels = jnp.zeros((1, _DUMMY_SIDE, _DUMMY_SIDE, 3))
     tokens = jnp.ones((1, config.data.max_tokens), jnp.int32)
     params = model.init(params_rng, pixels, tokens, tokens)["params"]
-    params = add_adapters(params, config.finetune, jax.random.fold_in(params_rng, 0))
+    params = add_parameters(params, config, jax.random.fold_in(params_rng, 0))
     trained, _ = split_trained(params, config.finetune)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from medglip_jax.detection.losses import detection_losses
 from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.training.finetuning import join, split_trained
 from medglip_jax.training.optimizer import make_schedule
@@ -90,8 +91,9 @@ def make_train_step(
 
         def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
             with activations_on(mesh, config.activation_rules):
-                outputs: Any = model.apply(
-                    {"params": merge_adapters(join(fixed, trained), config.finetune.lora_alpha)},
+                outputs = apply_model(
+                    model,
+                    merge_adapters(join(fixed, trained), config.finetune.lora_alpha),
                     pixels,
                     batch["input_ids"],
                     batch["attention_mask"],

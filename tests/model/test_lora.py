@@ -12,7 +12,7 @@ from medglip_jax.model.lora import LORA, make_adapters, merge_adapters
 from medglip_jax.parallel.mesh import abstract_mesh
 from medglip_jax.parallel.presets import PRESETS, resolve_rules
 from medglip_jax.parallel.rules import find_placements
-from medglip_jax.training.finetuning import add_adapters
+from medglip_jax.training.finetuning import add_parameters
 
 KERNEL = np.random.default_rng(0).normal(size=(64, 48)).astype(np.float32)
 PARAMS = {"block": {"query": {"kernel": KERNEL, "bias": KERNEL[0]}, "conv": {"kernel": KERNEL.reshape(2, 2, 16, 48)}}}
@@ -62,7 +62,7 @@ def full_size():
     config = get_config()
     config.finetune.lora_rank = 8
     shapes = parameter_shapes(GLIP(config.model), config)
-    return jax.eval_shape(lambda params: add_adapters(params, config.finetune, jax.random.key(0)), shapes)
+    return jax.eval_shape(lambda params: add_parameters(params, config, jax.random.key(0)), shapes)
 
 
 def test_base_recipe_adapts_attention_and_fusion(full_size):

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from data_pipelines.text import build_prompt, load_tokenizer
+
 SHAPES = {
     "backbone/patch_embed/projection/kernel": (3, 8),
     "backbone/stage_0_block_0/attention/qkv/kernel": (8, 8),
@@ -49,22 +51,20 @@ class Slim:
 
 
 def random_batch(config, seed=0):
-    """Noise images with 1 to 3 boxes each, named by three phrases of two tokens."""
+    """Noise images with 1 to 3 boxes each, named by three phrases."""
     rng = np.random.default_rng(seed)
     size, most, length = config.data.batch_size, config.data.max_boxes, config.data.max_tokens
-    input_ids = np.zeros((size, length), np.int32)
-    input_ids[:, :10] = rng.integers(5, 4000, (size, 10))
+    prompt = build_prompt(["left lung", "lung", "nodule"], load_tokenizer(), length)
     corners = rng.uniform(0, 30, (size, most, 2))
     boxes = np.concatenate([corners, corners + rng.uniform(8, 30, corners.shape)], axis=-1)
     box_mask = np.arange(most) < 1 + np.arange(size)[:, None] % 3
     positive_map = np.zeros((size, most, length), np.float32)
-    for place in range(3):
-        positive_map[:, place, 1 + 3 * place : 3 + 3 * place] = 0.5
+    positive_map[:, :3] = prompt.positive_map
     return {
         "image": rng.integers(0, 256, (size, *config.data.canvas, 3), dtype=np.uint8),
         "image_size": np.full((size, 2), config.data.canvas, np.int32),
-        "input_ids": input_ids,
-        "attention_mask": (np.arange(length) < np.full((size, 1), 10)).astype(np.int32),
+        "input_ids": np.tile(prompt.input_ids, (size, 1)),
+        "attention_mask": np.tile(prompt.attention_mask, (size, 1)),
         "boxes": np.where(box_mask[..., None], boxes, 0).astype(np.float32),
         "box_mask": box_mask,
         "positive_map": positive_map * box_mask[..., None],
