@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     config.data.repeat_threshold = (
         0.0  # share of images under which a label's images are repeated (LVIS: 0.001); 0 never
     )
+    config.data.few_shot = 0  # images of each label, at least, that are trained on (GLIP: 1, 3, 5, 10); 0 takes all
+    config.data.few_shot_seed = 0  # of their choice; ours
     config.data.max_corrupt = 10  # records that may be skipped and listed before the run ends with an error (ours)
     config.data.quarantine = ""  # file that lists them; "" is WORKDIR/quarantine.jsonl
     config.data.eval = ""  # records to evaluate on; "" trains without evaluation
