@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     config.data.repeat_threshold = (
         0.0  # share of images under which a label's images are repeated (LVIS: 0.001); 0 never
     )
+    config.data.few_shot = 0  # images of each label, at least, that are trained on (GLIP: 1, 3, 5, 10); 0 takes all
+    config.data.few_shot_seed = 0  # of their choice; ours
     config.data.max_corrupt = 10  # records that may be skipped and listed before the run ends with an error (ours)
     config.data.quarantine = ""  # file that lists them; "" is WORKDIR/quarantine.jsonl
     config.data.eval = ""  # records to evaluate on; "" trains without evaluation
@@ -122,6 +124,19 @@ def get_config() -> ConfigDict:
     config.schedule.warmup_factor = 0.001  # see warmup_steps
     config.schedule.step_points = (0.67, 0.89)  # fractions of the run
     config.schedule.step_factor = 0.1  # see step_points
+
+    config.finetune = ConfigDict()  # what trains, most often from config.init.model on; see docs/finetuning.md
+    config.finetune.mode = ""  # full (or ""), heads (head/*), lora (adapters), or prompt (offsets of phrases' tokens)
+    config.finetune.frozen = ()  # patterns (re.search) of paths that do not train, in any mode: ("^language/",)
+    config.finetune.layer_decay = 1.0  # rate of an encoder layer over that of the next one, as in BEiT; 1 is off
+    config.finetune.lora_rank = 0  # inner width of the adapters; 0 has none (LoRA, arXiv 2106.09685: 4 to 64)
+    config.finetune.lora_alpha = 16.0  # an adapter adds lora_alpha / lora_rank * A B to its kernel; ours
+    config.finetune.lora_patterns = (  # kernels with an adapter: attention of Swin, BERT and the tower's text; fusion
+        r"^backbone/\w+/attention/(qkv|proj)/kernel$",
+        r"^(language/layer_\d+|tower_\d+/text)/(query|key|value|attention_output)/kernel$",
+        r"^tower_\d+/fusion/\w+_proj/kernel$",
+    )
+    config.finetune.phrases = ""  # of mode prompt: FILE.txt of one a line, or "left lung. nodule"; "" is data.train's
 
     config.mesh = ConfigDict()  # devices along each axis; one axis may be -1: all remaining devices
     config.mesh.replica = 1  # batch axis between slices, whose network is slow; see docs/pods.md

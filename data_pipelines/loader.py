@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 
 from data_pipelines.batches import Batch, TrainBatches, make_batches
 from data_pipelines.examples import ExampleSource, decode_example
+from data_pipelines.few_shot import choose_few
 from data_pipelines.mixture import Series, sampling_order, sampling_rates
 from data_pipelines.quarantine import Quarantine
-from data_pipelines.record_index import concatenate, read_index
-from data_pipelines.records import Records, RecordsError, find_shards
+from data_pipelines.record_index import concatenate, read_index, select_records
+from data_pipelines.records import Records, RecordsError, find_all_shards, find_shards
 from data_pipelines.schema import MODALITIES, GroundingExample
 from data_pipelines.text import (
     PromptRule,
@@ -170,24 +171,18 @@ def _check_processes(process_index: int, process_count: int) -> None:
         raise ValueError(f"process {process_index} of {process_count}: it must be from 0 to {process_count - 1}")
 
 
-def _find_all(train: str) -> list[Records]:
-    """Finds the records of "DIR[:SPLIT],DIR[:SPLIT],..."."""
-    if not train.strip():
-        raise RecordsError("config.data.train is empty: set it to the records to train on, DIR or DIR:SPLIT")
-    if os.path.isdir(train) or os.path.isdir(train.rpartition(":")[0]):  # a comma may be part of a name
-        return [find_shards(train)]
-    return [find_shards(path.strip()) for path in train.split(",") if path.strip()]
-
-
 def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tuple[Series, str]:
     """Returns the series of records, and a name that tells it from others."""
     number = sum(split.num_examples for split in records)
     name = zlib.crc32(f"{seed} {[(split.split, split.shard_lengths) for split in records]}".encode())
-    if not (data.mixture_weights or data.balance_modalities or data.balance_labels or data.repeat_threshold):
+    mixed = data.mixture_weights or data.balance_modalities or data.balance_labels or data.repeat_threshold
+    if not mixed and not data.few_shot:
         return Series(number, seed), f"{name:08x}"
     index = concatenate([read_index(split) for split in records])
-    rates = sampling_rates(
-        index,
+    chosen = choose_few(index, data.few_shot, data.few_shot_seed) if data.few_shot else np.arange(number)
+    rates = np.zeros(number)
+    rates[chosen] = sampling_rates(
+        select_records(index, chosen),
         weights=data.mixture_weights,
         balance_modalities=data.balance_modalities,
         balance_labels=data.balance_labels,
@@ -249,7 +244,7 @@ def train_loader(
             f"places {list(places)}: process {process_index} of {process_count} reads {batch_size} rows of a global "
             f"batch of {process_count * batch_size}"
         )
-    records = _find_all(data.train)
+    records = find_all_shards(data.train)
     source = ExampleSource(*records)
     series, name = _make_series(records, data, seed)
     listed = Quarantine(data.quarantine or quarantine, data.max_corrupt, process_index)

@@ -93,7 +93,7 @@ def sampling_rates(
     if balance_modalities:
         rates = _balance(rates, _pairs(pool, index.modality), balance_modalities)
     if weights:
-        rates = rates * (shares / np.bincount(pool, rates, len(shares)))[pool]
+        rates = rates * (shares[pool] / np.bincount(pool, rates, len(shares))[pool])
     return rates * (length / rates.sum())
 
 
@@ -129,6 +129,9 @@ def _check_weights(index: RecordIndex, weights: Sequence[tuple[str, float]]) -> 
         shares[name] = float(weight)
     if weights and (missing := [name for name in index.datasets if name not in shares]):
         raise ValueError(f"{field}: {', '.join(missing)} has no weight; 0 leaves a data set out")
+    images = np.bincount(index.dataset, minlength=len(index.datasets))
+    if empty := [name for name, count in zip(index.datasets, images, strict=True) if not count and shares.get(name)]:
+        raise ValueError(f"{field}: no image of {', '.join(empty)} is among those of config.data.few_shot: weigh it 0")
     if weights and not any(shares.values()):
         raise ValueError(f"{field}: all weights are 0")
     return np.asarray([shares.get(name, 0.0) for name in index.datasets])

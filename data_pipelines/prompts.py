@@ -7,6 +7,7 @@ Training, evaluation and inference use the same code.
 import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -197,6 +198,20 @@ def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: i
     """
     phrases = [strip_phrase(phrase) for phrase in phrases]
     return join_phrases(phrases, [[k] for k in range(len(phrases))], tokenizer, max_tokens, prefix)
+
+
+def split_phrases(phrases: str | Sequence[str]) -> list[str]:
+    """Returns the phrases of "left lung. nodule." or of a list, without repetition.
+
+    Raises:
+        ValueError: there are none, or one is empty.
+    """
+    if isinstance(phrases, str):
+        phrases = re.split(r"\.\s+", re.sub(r"\.\s*$", "", phrases.strip()))
+    names = [phrase.strip() for phrase in phrases]
+    if not names or not all(names):
+        raise ValueError(f"phrases: expected at least one and none empty, as 'left lung. nodule', not {phrases!r}")
+    return list(dict.fromkeys(names))
 
 
 def strip_phrase(phrase: str) -> str:

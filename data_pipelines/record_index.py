@@ -160,6 +160,20 @@ def concatenate(indices: Sequence[RecordIndex]) -> RecordIndex:
     return RecordIndex(datasets=tuple(datasets), label_names=tuple(labels), **joined)
 
 
+def select_records(index: RecordIndex, places: np.ndarray) -> RecordIndex:
+    """Returns the index of some records, int[n] places in ascending order; names of data sets and labels stay."""
+    kept = np.zeros(len(index), bool)
+    kept[places] = True
+    counts = np.diff(index.label_offsets)
+    return dataclasses.replace(
+        index,
+        dataset=index.dataset[kept],
+        modality=index.modality[kept],
+        label_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[kept])]),
+        label_ids=index.label_ids[np.repeat(kept, counts)],
+    )
+
+
 def read_index(records: Records) -> RecordIndex:
     """Returns the index of a split: the file beside its shards, else what one pass over the records finds.
 

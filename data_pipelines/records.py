@@ -148,6 +148,19 @@ def find_shards(path: str | os.PathLike) -> Records:
     return Records(directory, split, metadata["format"], tuple(shards), tuple(entry["shard_lengths"]), entry)
 
 
+def find_all_shards(train: str) -> list[Records]:
+    """Finds the records of "DIR[:SPLIT],DIR[:SPLIT],...", as in `config.data.train`.
+
+    Raises:
+        RecordsError: it is empty; or see `find_shards`.
+    """
+    if not train.strip():
+        raise RecordsError("config.data.train is empty: set it to the records to train on, DIR or DIR:SPLIT")
+    if os.path.isdir(train) or os.path.isdir(train.rpartition(":")[0]):  # a comma may be part of a name
+        return [find_shards(train)]
+    return [find_shards(path.strip()) for path in train.split(",") if path.strip()]
+
+
 class _Source(abc.ABC):
     """What both formats share: bounds, and errors that name the shard."""
 

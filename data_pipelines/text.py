@@ -9,6 +9,8 @@ from data_pipelines.prompts import (
     build_prompts,
     make_prefix,
     order_by_body_region,
+    split_phrases,
+    strip_phrase,
 )
 from data_pipelines.sides import swap_sides, swap_sides_with_spans
 from data_pipelines.tokenization import Encoding, TextTokenizer, load_tokenizer
@@ -29,6 +31,8 @@ __all__ = [
     "make_vocabularies",
     "order_by_body_region",
     "sample_prompt",
+    "split_phrases",
+    "strip_phrase",
     "swap_sides",
     "swap_sides_with_spans",
 ]

@@ -22,7 +22,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from data_pipelines.sources.phantoms import KINDS, phantom
-from data_pipelines.text import TextTokenizer
+from data_pipelines.text import TextTokenizer, split_phrases
 from medglip_jax.errors import reports_errors
 from medglip_jax.interop import glip, mmdet, pickles
 from medglip_jax.interop.card import model_card
@@ -37,7 +37,8 @@ from medglip_jax.interop.folder import (
 from medglip_jax.interop.onnx import ONNX_FILE, OnnxModel, write_onnx
 from medglip_jax.interop.reading import read_state_dict
 from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin, require_torch
-from medglip_jax.predict import MedGLIP, split_phrases
+from medglip_jax.model.text_offsets import PROMPT
+from medglip_jax.predict import MedGLIP
 from medglip_jax.pretrained import load_arrays, tokenizer_of
 from medglip_jax.train import EVALUATION_FILE
 
@@ -178,6 +179,11 @@ def main(argv: list[str] | None = None) -> int:
 
     use_ema = False if options.no_ema else None
     params, config = load_arrays(options.checkpoint, use_ema)
+    if PROMPT in params:
+        raise ValueError(
+            f"{options.checkpoint} is a run of prompt tuning: its weights are those it started from "
+            f"({config.init.model}), and no format has a place for the offsets that it learned"
+        )
     tokenizer = tokenizer_of(options.checkpoint, config)
     # Of a run with an average of the parameters, it is the average that was evaluated.
     averaged = not is_folder(options.checkpoint) and config.optimizer.ema and config.evaluation.use_ema

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
 from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.model.text_offsets import PROMPT, apply_model
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.parallel.mesh import BATCH_AXES
 from medglip_jax.parallel.rules import path_name
@@ -119,9 +120,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
         pixels = normalize_pixels(image, image_size)
         with activations_on(mesh, config.activation_rules):
-            outputs: Any = model.apply(
-                {"params": params}, pixels, spread(input_ids), spread(attention_mask), train=False
-            )
+            outputs = apply_model(model, params, pixels, spread(input_ids), spread(attention_mask), train=False)
         return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
 
     return detector
@@ -192,12 +191,13 @@ def flat_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 
 
 def check_parameters(params: Any, model: Module, config: ConfigDict, checkpoint: str) -> None:
-    """Checks that parameters fit the model.
+    """Checks that parameters fit the model; learned offsets of phrases may be among them.
 
     Raises:
         ValueError: names the checkpoint and the first parameters that are missing, unknown or of another shape.
     """
-    found, wanted = flat_shapes(params), flat_shapes(parameter_shapes(model, config))
+    found = flat_shapes({name: part for name, part in params.items() if name != PROMPT})
+    wanted = flat_shapes(parameter_shapes(model, config))
     if mismatches := list_mismatches(found, wanted, "the model"):
         raise ValueError(
             f"{checkpoint} holds a model of another size than config.model describes; leave out --config to use the "

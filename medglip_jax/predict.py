@@ -11,7 +11,6 @@ import dataclasses
 import io
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Sequence
 from typing import Any, TypeAlias, overload
@@ -22,7 +21,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
 from data_pipelines.images import store_image
-from data_pipelines.text import TextTokenizer, build_prompts
+from data_pipelines.text import TextTokenizer, build_prompts, split_phrases
 from data_pipelines.transforms import decode_image, resize_into
 from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.drawing import SheetEntry, contact_sheet
@@ -53,20 +52,6 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.scores)
-
-
-def split_phrases(phrases: Phrases) -> list[str]:
-    """Returns the phrases of "left lung. nodule." or of a list, without repetition.
-
-    Raises:
-        ValueError: there are none, or one is empty.
-    """
-    if isinstance(phrases, str):
-        phrases = re.split(r"\.\s+", re.sub(r"\.\s*$", "", phrases.strip()))
-    names = [phrase.strip() for phrase in phrases]
-    if not names or not all(names):
-        raise ValueError(f"phrases: expected at least one and none empty, as 'left lung. nodule', not {phrases!r}")
-    return list(dict.fromkeys(names))
 
 
 def _check_encoded(encoded: bytes) -> None:

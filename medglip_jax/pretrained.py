@@ -17,6 +17,7 @@ from medglip_jax.inference import check_parameters, flat_shapes, parameter_shape
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import is_folder, read_folder
 from medglip_jax.model.detector import GLIP
+from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
 from medglip_jax.paths import local_copy
@@ -108,7 +109,12 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
         )
     found: dict[str, Any] = {}
     if config.init.model:
-        params, _ = load_arrays(config.init.model)
+        params, own = load_arrays(config.init.model)
+        if PROMPT in params:
+            raise ValueError(
+                f"config.init.model, {config.init.model}, is a run of prompt tuning, which learned offsets and no "
+                f"weights: start from what it started from ({own.init.model or 'its own initialisation'})"
+            )
         wanted = flat_shapes(parameter_shapes(GLIP(config.model), config))
         if mismatches := list_mismatches(flat_shapes(params), wanted, "the recipe"):
             raise ValueError(f"config.init.model, {config.init.model}, is a model of other sizes:\n{mismatches}")

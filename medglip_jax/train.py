@@ -58,6 +58,7 @@ from medglip_jax.parallel.mesh import (
 from medglip_jax.paths import full_path, is_remote, local_output
 from medglip_jax.pretrained import pretrained_parameters, start_from
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
+from medglip_jax.training.finetuning import split_trained
 from medglip_jax.training.goodput import Goodput
 from medglip_jax.training.logging import MetricsLog, ProgressBar
 from medglip_jax.training.nonfinite import NonFiniteSteps
@@ -65,7 +66,7 @@ from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.pending import PendingMetrics
 from medglip_jax.training.preemption import StopRequest
 from medglip_jax.training.profiling import TRACED_STEPS, Trace, dump_hlo, parse_steps
-from medglip_jax.training.state import TrainState, abstract_state, create_state
+from medglip_jax.training.state import TrainState, abstract_state, create_state, evaluated_parameters
 from medglip_jax.training.status import Status
 from medglip_jax.training.step import gradient_groups, make_train_step
 from medglip_jax.training.telemetry import RecompilationGuard, Telemetry
@@ -146,7 +147,7 @@ def _train(
     detector = make_detector(model, config, mesh)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
-        params = state.ema if config.evaluation.use_ema and state.ema is not None else state.params
+        params = evaluated_parameters(state, config)
 
         def between_batches() -> None:
             watchdog.beat(f"evaluation after step {status.step}")
@@ -211,7 +212,8 @@ def _train(
             donate_argnums=0,
         )
         start = status.step = int(state.step)
-        nonfinite = NonFiniteSteps(workdir, training.max_nonfinite, gradient_groups(state.params), start)
+        groups = gradient_groups(split_trained(state.params, config.finetune)[0])
+        nonfinite = NonFiniteSteps(workdir, training.max_nonfinite, groups, start)
         pending = PendingMetrics(nonfinite)
         log = stack.enter_context(
             MetricsLog(workdir, start, wandb_project=training.wandb_project, config=config.to_dict())

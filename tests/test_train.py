@@ -3,11 +3,13 @@
 import json
 import os
 import pathlib
+import re
 import signal
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from data_pipelines.build import build
 from data_pipelines.records import RecordsError
@@ -20,7 +22,9 @@ from medglip_jax.predict import MedGLIP
 from medglip_jax.pretrained import load_model
 from medglip_jax.train import train
 from medglip_jax.training.checkpoint import Checkpoints, load_params
+from medglip_jax.training.finetuning import add_parameters
 from medglip_jax.training.nonfinite import NonFiniteLoss
+from medglip_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +230,46 @@ def test_run_starts_from_an_exported_model(run, recipe, tmp_path, capsys):
     trained, _ = load_params(tmp_path / "run")
     distance = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), trained, moved)
     assert max(jax.tree.leaves(distance)) < 0.1
+
+
+@pytest.fixture
+def tuned(run, recipe, tmp_path):
+    """Returns a function that writes a fine-tuned run without training it: what the mode adds, changed at random."""
+
+    def write(fields, changed, seed=0):
+        config = change(recipe, init__model=str(run[0]), optimizer__ema=0.0)
+        config.finetune.update(fields)
+        params, key = load_params(run[0])[0], jax.random.key(0)
+        flat = traverse_util.flatten_dict(add_parameters(params, config, key), sep="/")
+        rng = np.random.default_rng(seed)
+        flat |= {path: rng.normal(size=x.shape).astype(np.float32) for path, x in flat.items() if changed(path)}
+        params = traverse_util.unflatten_dict(flat, sep="/")
+        with Checkpoints(tmp_path / "tuned", 1) as checkpoints:
+            checkpoints.save(1, TrainState(step=np.int32(1), params=params, opt_state={}, ema=None, rng=key))
+        save_config(config, tmp_path / "tuned" / "config.json")
+        return tmp_path / "tuned"
+
+    return write
+
+
+def test_adapters_are_exported_merged(run, tuned, tmp_path, capsys):
+    folder = tuned({"mode": "lora", "lora_rank": 2}, lambda path: path.startswith("lora/") and path.endswith("/b"))
+    params, config = load_params(folder)
+    base, merged = (traverse_util.flatten_dict(x, sep="/") for x in (load_params(run[0])[0], params))
+    assert merged.keys() == base.keys()
+    changed = {path for path, x in merged.items() if not np.array_equal(x, base[path])}
+    patterns = config.finetune.lora_patterns
+    assert changed == {path for path in base if any(re.search(pattern, path) for pattern in patterns)}
+    assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "export")]) == 0
+    jax.tree.map(np.testing.assert_array_equal, export.read_export(tmp_path / "export")[0], params)
+
+
+def test_learned_offsets_are_no_model_to_export_or_to_start_from(run, recipe, tuned, tmp_path, capsys):
+    folder = tuned({"mode": "prompt"}, lambda path: False)
+    assert export.main(["--checkpoint", str(folder), "--output", str(tmp_path / "export")]) == 1
+    assert "its weights are those it started from" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"is a run of prompt tuning.*start from what it started from .{run[0]}"):
+        train(change(recipe, init__model=str(folder)), tmp_path / "again")
 
 
 def test_export_keeps_what_is_not_its_own(run, tmp_path, capsys):

@@ -105,7 +105,14 @@ class GLIP(nn.Module):
     config: ConfigDict
 
     @nn.compact
-    def __call__(self, pixels: Array, input_ids: Array, attention_mask: Array, train: bool = False) -> dict[str, Array]:
+    def __call__(
+        self,
+        pixels: Array,
+        input_ids: Array,
+        attention_mask: Array,
+        train: bool = False,
+        text_offset: Array | None = None,
+    ) -> dict[str, Array]:
         """Scores every anchor against every token.
 
         Args:
@@ -113,6 +120,7 @@ class GLIP(nn.Module):
             input_ids: int32[B, L].
             attention_mask: int32[B, L], 1 for real tokens.
             train: turns on dropout, drop path and DropBlock (random stream "dropout").
+            text_offset: float32[B, L, D], added to the text encoder's output (see `text_offsets`).
 
         Returns:
             token_logits float32[B, N, L], box_deltas float32[B, N, 4], centerness float32[B, N]. N counts the anchors
@@ -132,6 +140,8 @@ class GLIP(nn.Module):
         self.sow("intermediates", "neck_levels", levels)
         text = Bert(config.bert, dtype, remat, name="language")(input_ids, mask, train)
         self.sow("intermediates", "language_hidden", text)
+        if text_offset is not None:
+            text = constrain(text + text_offset.astype(text.dtype), *TEXT)
 
         block = nn.remat(TowerBlock, static_argnums=(4,)) if remat else TowerBlock
         for i in range(config.tower.num_blocks):

@@ -52,11 +52,24 @@ PRESETS: dict[str, Rules] = {
 }
 
 
+def adapter_rules(rules: Rules) -> Rules:
+    """Returns rules for the adapters of dense kernels (`model.lora`), after the rules of these kernels.
+
+    An adapter is split as its kernel: `a` [in, rank] by the rows, `b` [rank, out] by the columns; the rank is not.
+    """
+    adapters: list[tuple[str, Any]] = []
+    for pattern, spec in rules:
+        if pattern.endswith("/kernel$") and len(spec) <= 2:
+            of_module = pattern.removesuffix("kernel$")
+            adapters += [(f"{of_module}a$", spec[:1]), (f"{of_module}b$", (None, *spec[1:]) if spec[1:] else ())]
+    return adapters
+
+
 def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
-    """Returns the sharding rules of a recipe: its own, then those of its preset.
+    """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules` and `sharding`.
+        config: a recipe; reads `sharding_rules`, `sharding` and `finetune`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -65,4 +78,7 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
         nearest = difflib.get_close_matches(config.sharding, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"config.sharding is {config.sharding!r}: {hint}")
-    return (*config.sharding_rules, *PRESETS[config.sharding])
+    rules = (*config.sharding_rules, *PRESETS[config.sharding])
+    if config.finetune.lora_rank:
+        return (*rules, *adapter_rules(rules))
+    return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase

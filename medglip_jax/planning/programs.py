@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.inference import make_detector, power_of_two
 from medglip_jax.model.detector import GLIP
+from medglip_jax.model.lora import without_adapters
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, describe_parts
 from medglip_jax.planning.costs import CostModel
 from medglip_jax.planning.hlo import parse
@@ -76,7 +77,7 @@ def lower_eval(config: ConfigDict, mesh: Mesh, images: int) -> Any:
     """Lowers the detection of `medglip evaluate`: one full prompt, of as many phrases as training samples negatives."""
     model = GLIP(config.model)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params = abstract_state(model, config, make_optimizer(config), key, mesh).params
+    params = without_adapters(abstract_state(model, config, make_optimizer(config), key, mesh).params)
     phrases, tokens = power_of_two(config.data.max_negatives), config.data.max_tokens
     whole = NamedSharding(mesh, PartitionSpec())
     batch = train_batch(config, images, batch_sharding(mesh))

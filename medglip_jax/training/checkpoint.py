@@ -17,9 +17,11 @@ from orbax.checkpoint import checkpoint_managers as policy
 
 from medglip_jax.configuration import CONFIG_FILE, load_config
 from medglip_jax.errors import list_mismatches
+from medglip_jax.model.lora import LORA, merge_adapters, without_adapters
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, path_name, shardings
 from medglip_jax.paths import full_path, write_whole
+from medglip_jax.training.finetuning import join, select_paths
 from medglip_jax.training.state import TrainState
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -242,7 +244,7 @@ def locate(path: PathLike) -> tuple[epath.Path, int | str | None]:
 
 
 def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None = None) -> tuple[Any, ConfigDict]:
-    """Reads the parameters of a checkpoint, without the optimizer.
+    """Reads the model's parameters of a checkpoint, without the optimizer; adapters are merged into them.
 
     Args:
         path: a run's working directory (its newest checkpoint is read), WORKDIR/checkpoints/STEP, or
@@ -274,17 +276,29 @@ def load_params(path: PathLike, use_ema: bool | None = None, mesh: Mesh | None =
     folder = finished[max(finished) if step is None else step] / "state"
     reader = ocp.PyTreeCheckpointHandler()  # a CheckpointManager warns of every item that it is not asked for
     tree = reader.metadata(folder).tree if folder.is_dir() else {}
-    name = "ema" if use_ema and tree.get("ema") else "params"
-    if not tree.get(name):
+    if not tree.get("params"):
         raise ValueError(f"{folder.parent} has no parameters: it is damaged, or of another program")
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree[name])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree["params"])
+    # What does not train has no average.
+    averaged = _paths(tree["ema"]) if use_ema and tree.get("ema") else frozenset()
     if mesh is None:
         arguments = jax.tree.map(lambda x: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     else:
         placed = shardings(match_rules(resolve_rules(config), shapes, mesh), mesh)
         arguments = jax.tree.map(lambda x, s: ocp.ArrayRestoreArgs(sharding=s), shapes, placed)
-    restored = reader.restore(
-        folder,
-        args=ocp.args.PyTreeRestore(item={name: shapes}, restore_args={name: arguments}, partial_restore=True),
+    names = {"ema": averaged, "params": _paths(shapes) - averaged}
+    item, restore_args = (
+        {name: select_paths(x, paths) for name, paths in names.items() if paths} for x in (shapes, arguments)
     )
-    return restored[name], config
+    restored = reader.restore(
+        folder, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+    )
+    params = join(restored.get("params", {}), restored.get("ema", {}))
+    if mesh is not None and LORA in params:
+        merge = jax.jit(merge_adapters, static_argnums=1, out_shardings=without_adapters(placed))
+        return merge(params, config.finetune.lora_alpha), config
+    return merge_adapters(params, config.finetune.lora_alpha), config
+
+
+def _paths(tree: Any) -> frozenset[str]:
+    return frozenset(path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))

@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.parallel.rules import path_name
+from medglip_jax.training.finetuning import check_finetune, scale_by_layer
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,15 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     A parameter p with gradient g moves by -rate(step) * multiplier(p) * (adam(g) + decay * p).
 
     Args:
-        config: a recipe; reads `optimizer` and `schedule`.
+        config: a recipe; reads `optimizer`, `schedule`, and `finetune.layer_decay` with `model`.
 
     Raises:
-        ValueError: see `make_schedule`.
+        ValueError: see `make_schedule` and `check_finetune`.
     """
     settings = config.optimizer
+    check_finetune(config.finetune)
+    # Off, it must leave no trace: the places of a chain are in the paths of the optimizer's state.
+    by_layer = [optax.stateless(lambda updates, params: scale_by_layer(updates, config))]
 
     def decay_mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: decays(path_name(path)), params)
@@ -98,4 +102,5 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
         optax.scale_by_learning_rate(make_schedule(config)),
+        *(by_layer if config.finetune.layer_decay != 1 else []),
     )

@@ -10,8 +10,10 @@ from flax.linen import Module
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from medglip_jax.model.lora import LORA, merge_adapters
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import AnyMesh, Rules, follow_parameters, match_rules, shardings
+from medglip_jax.training.finetuning import add_parameters, join, split_trained
 
 _DUMMY_SIDE = 64  # pixels; no parameter depends on the size of the image
 
@@ -21,9 +23,9 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32[], optimizer steps taken.
-        params: parameters, float32.
-        opt_state: of the optimizer.
-        ema: running average of the parameters, or None.
+        params: parameters of the model, of its adapters (`model.lora`) and offsets (`model.text_offsets`).
+        opt_state: of the optimizer, for the parameters that train (`finetuning.split_trained`).
+        ema: running average of the parameters that train, or None.
         rng: random key of dropout; the step folds its number into it, so it never changes.
     """
 
@@ -32,6 +34,13 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     ema: Any
     rng: jax.Array
+
+
+def evaluated_parameters(state: TrainState, config: ConfigDict | FrozenConfigDict) -> Any:
+    """Returns the model's parameters to evaluate with: averages, if there are and the recipe wants them, and merged."""
+    averaged = config.evaluation.use_ema and state.ema is not None
+    params = join(state.params, state.ema) if averaged else state.params
+    return jax.jit(merge_adapters, static_argnums=1)(params, config.finetune.lora_alpha) if LORA in params else params
 
 
 def state_specs(shapes: TrainState, params: Any) -> TrainState:
@@ -45,7 +54,7 @@ def state_specs(shapes: TrainState, params: Any) -> TrainState:
         step=PartitionSpec(),  # pyright: ignore[reportArgumentType]
         params=params,
         opt_state=follow_parameters(shapes.opt_state, shapes.params, params),
-        ema=None if shapes.ema is None else params,
+        ema=None if shapes.ema is None else follow_parameters(shapes.ema, shapes.params, params),
         rng=PartitionSpec(),  # pyright: ignore[reportArgumentType]
     )
 
@@ -68,11 +77,13 @@ def _initialize(
     pixels = jnp.zeros((1, _DUMMY_SIDE, _DUMMY_SIDE, 3))
     tokens = jnp.ones((1, config.data.max_tokens), jnp.int32)
     params = model.init(params_rng, pixels, tokens, tokens)["params"]
+    params = add_parameters(params, config, jax.random.fold_in(params_rng, 0))
+    trained, _ = split_trained(params, config.finetune)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=optimizer.init(params),
-        ema=params if config.optimizer.ema else None,
+        opt_state=optimizer.init(trained),
+        ema=trained if config.optimizer.ema else None,
         rng=dropout_rng,
     )
 
@@ -113,7 +124,7 @@ def create_state(
 
     Args:
         model: called as model.init(key, pixels float[1, H, W, 3], input_ids int32[1, L], attention_mask int32[1, L]).
-        config: a recipe; reads `data.max_tokens`, `optimizer.ema`, `sharding` and `sharding_rules`.
+        config: a recipe; reads `data.max_tokens`, `optimizer.ema`, `finetune`, `sharding` and `sharding_rules`.
         optimizer: from `make_optimizer`.
         rng: random key.
         mesh: from `make_mesh`.
@@ -122,7 +133,7 @@ def create_state(
         The state, and the sharding of each of its arrays: in_shardings and out_shardings of the jitted step.
 
     Raises:
-        ValueError: see `match_rules`.
+        ValueError: see `match_rules` and `trained_paths`.
     """
     placed = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, optimizer, rng, mesh))
     state = jax.jit(lambda key: _initialize(model, config, optimizer, key), out_shardings=placed)(rng)

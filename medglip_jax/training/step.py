@@ -11,9 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import detection_losses
+from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.pixels import normalize_pixels
+from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.parallel.rules import path_name
+from medglip_jax.training.finetuning import join, split_trained
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -57,27 +60,29 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `optimizer`, `schedule` and `activation_rules`.
+        config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule` and `activation_rules`.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
         box_mask and positive_map; other keys are ignored. Metrics are float32 scalars: loss, loss_token, loss_box,
-        loss_centerness, num_positives, grad_norm (before clipping), learning_rate; and finite, bool: whether loss and
-        gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by `gradient_groups`.
-        Where they are not, the state comes back as it was, except that the step counts.
+        loss_centerness, num_positives, grad_norm (before clipping, of what trains), learning_rate; and finite, bool:
+        whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
+        `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
     """
     schedule, ema = make_schedule(config), config.optimizer.ema
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         pixels = normalize_pixels(batch["image"], batch["image_size"])
         dropout = jax.random.fold_in(state.rng, state.step)
+        trained, fixed = split_trained(state.params, config.finetune)
 
-        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
+        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
             with activations_on(mesh, config.activation_rules):
-                outputs: Any = model.apply(
-                    {"params": params},
+                outputs = apply_model(
+                    model,
+                    merge_adapters(join(fixed, trained), config.finetune.lora_alpha),
                     pixels,
                     batch["input_ids"],
                     batch["attention_mask"],
@@ -87,16 +92,17 @@ def make_train_step(
             losses = detection_losses(outputs, batch, config.detection)
             return losses["loss"], losses
 
-        grads, losses = jax.grad(loss_of, has_aux=True)(state.params)
+        grads, losses = jax.grad(loss_of, has_aux=True)(trained)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
         average = state.ema
         if average is not None:
             decay = ema_decay(state.step, ema)
-            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, trained)
+        params = join(fixed, trained)
         stepped = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
         kept = state.replace(step=state.step + 1)
         state_after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), stepped, kept)

@@ -44,6 +44,20 @@ def test_padded_tokens_do_not_reach_real_ones(tiny_config, params, inputs):
     np.testing.assert_allclose(first["token_logits"][1, :, :7], second["token_logits"][1, :, :7], atol=1e-5)
 
 
+def test_text_offset_is_added_to_the_features_of_the_text(tiny_config, params, inputs):
+    base = jax.jit(GLIP(tiny_config.model).apply)({"params": params}, *inputs)
+    shifted = jax.jit(lambda offset: GLIP(tiny_config.model).apply({"params": params}, *inputs, text_offset=offset))
+    offset = np.zeros((2, 12, tiny_config.model.bert.hidden_size), np.float32)
+    same = jax.device_get(shifted(offset.copy()))  # JAX may read the array later
+    offset[0, 3] = np.random.default_rng(1).normal(size=offset.shape[-1])
+    moved = shifted(offset)
+    for name, x in base.items():
+        np.testing.assert_allclose(same[name], x, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(moved[name][1], same[name][1])  # the other image
+    change = np.abs(moved["token_logits"] - same["token_logits"])[0].max(axis=0)
+    assert change.argmax() == 3 and change[3] > 1e-3
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rematerialisation_changes_no_gradient(tiny_config, params, inputs, dtype):
     def gradient(remat):
