@@ -2,10 +2,11 @@
 
     python -m benchmarks.chaos [--kills 50] [--pair-kills 5] [--output benchmarks/results/chaos.json]
 
-A small GLIP trains on phantoms with every dropout on, and saves every few steps. `kill -9` comes at a random moment
-after a start: while it imports, restores, compiles, steps or saves. The same command goes on, until the run is done,
-and then the next run is begun, until all kills are spent. Every loss of every run must be that of the undisturbed run,
-to the bit. Then the same with runs of two processes, of which one is killed.
+A small GLIP trains on phantoms with every dropout on, and saves every few steps. `kill -9` comes at a random moment: a
+fifth of the times before the first step of a start (it imports, restores, compiles), else while it steps and saves. The
+same command goes on, until the run is done, and then the next run is begun, until all kills are spent. Every loss of
+every run must be that of the undisturbed run, to the bit. Then the same with runs of two processes, of which one is
+killed.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from medglip_jax.training.logging import METRICS_FILE
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STEPS, SAVED_EVERY = 60, 4
 _PATIENCE = 400  # seconds that a process may take to end
+_POLL = 0.02  # seconds between looks at the log
+_EARLY = 0.2  # share of the kills that come before the first step of a start
 
 
 class TrainingProcesses:
@@ -139,16 +142,56 @@ def is_saving(workdir: pathlib.Path) -> bool:
 
 @dataclasses.dataclass
 class Kill:
-    """One kill: seconds after the start, steps in the log then, whether a checkpoint was being written."""
+    """One kill: seconds after the start, newest step in the log then, whether a checkpoint was being written."""
 
     after: float
-    steps: int
+    step: int
     saving: bool
     others_ended: float | None = None  # seconds until the other process had ended
 
 
+@dataclasses.dataclass
+class Undisturbed:
+    """The run that nothing happens to: its losses by step, seconds before its first step and from there to the end."""
+
+    losses: dict[int, float]
+    start: float
+    training: float
+
+
+def leave_alone(config: pathlib.Path, workdir: pathlib.Path, **start: Any) -> Undisturbed:
+    """Trains without a kill."""
+    began, first = time.monotonic(), None
+    with TrainingProcesses(config, workdir, **start) as started:
+        while started.processes[0].poll() is None:
+            time.sleep(_POLL)
+            if first is None and losses(workdir):
+                first = time.monotonic()
+        started.finish()
+    assert first is not None and len(losses(workdir)) == STEPS
+    return Undisturbed(losses(workdir), first - began, time.monotonic() - first)
+
+
+def wait_for_moment(
+    process: subprocess.Popen[bytes], workdir: pathlib.Path, alone: Undisturbed, rng: random.Random
+) -> bool:
+    """Waits for a random moment; returns whether the process still runs then."""
+    if rng.random() < _EARLY:
+        seconds = rng.uniform(0, alone.start)
+    else:
+        known = losses(workdir)
+        while losses(workdir) == known and process.poll() is None:
+            time.sleep(_POLL)
+        seconds = rng.uniform(0, alone.training / 2)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
 def torment(
-    config: pathlib.Path, folder: pathlib.Path, kills: int, alone: dict[int, float], rng: random.Random, **start: Any
+    config: pathlib.Path, folder: pathlib.Path, kills: int, alone: Undisturbed, rng: random.Random, **start: Any
 ) -> tuple[list[Kill], int]:
     """Runs until all kills are spent and the last run is done; returns them, and how many runs were compared.
 
@@ -156,34 +199,31 @@ def torment(
         AssertionError: a run's losses are not those of the undisturbed run.
     """
     listed: list[Kill] = []
-    runs, longest = 0, 12.0
+    runs = 0
     while len(listed) < kills:
         workdir = folder / f"run_{runs}"
-        while True:
+        done = False
+        while not done:
             began = time.monotonic()
             with TrainingProcesses(config, workdir, **start) as started:
-                moment = rng.uniform(0, longest) if len(listed) < kills else None
                 victim = rng.choice(started.processes)
-                try:
-                    victim.wait(moment)
-                except subprocess.TimeoutExpired:
-                    kill = Kill(round(time.monotonic() - began, 2), len(losses(workdir)), is_saving(workdir))
-                    victim.kill()
-                    if len(started.processes) > 1:
-                        killed = time.monotonic()
-                        statuses = started.wait()
-                        assert all(statuses), f"a process ended as if nothing had happened: {statuses}"
-                        kill.others_ended = round(time.monotonic() - killed, 2)
-                    listed.append(kill)
-                    print(f"kill {len(listed)}: {kill}", flush=True)
-                    continue
-                started.finish()
-                longest = max(longest, 1.3 * (time.monotonic() - began))
-                break
+                done = len(listed) >= kills or not wait_for_moment(victim, workdir, alone, rng)
+                if done:
+                    started.finish()
+                    break
+                saving = is_saving(workdir)
+                victim.kill()
+                killed = time.monotonic()
+                statuses = started.wait()
+                assert all(statuses), f"a process ended as if nothing had happened: {statuses}"
+                kill = Kill(round(killed - began, 2), max(losses(workdir), default=0), saving)
+                if len(started.processes) > 1:
+                    kill.others_ended = round(time.monotonic() - killed, 2)
+                listed.append(kill)
+                print(f"kill {len(listed)}: {kill}", flush=True)
         found = losses(workdir)
-        assert found == alone, {
-            step: (found.get(step), loss) for step, loss in alone.items() if found.get(step) != loss
-        }
+        differ = {step: (found.get(step), loss) for step, loss in alone.losses.items() if found.get(step) != loss}
+        assert found.keys() == alone.losses.keys() and not differ, f"losses of {workdir.name}: {differ}"
         runs += 1
     return listed, runs
 
@@ -220,16 +260,13 @@ def main() -> int:
             start: dict[str, Any] = {"processes": processes, "devices": 2 // processes, "cache": str(folder / "cache")}
             start["overrides"] = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
             place = folder / title.replace(" ", "_")
-            with TrainingProcesses(file, place / "alone", **start) as started:
-                started.finish()
-            alone = losses(place / "alone")
-            assert len(alone) == STEPS
+            leave_alone(file, place / "first", **start)  # compiles
+            alone = leave_alone(file, place / "alone", **start)
             listed, runs = torment(file, place, kills, alone, rng, **start)
             results[title] = {
                 "kills": [dataclasses.asdict(kill) for kill in listed],
                 "runs": runs,
                 "while_saving": sum(kill.saving for kill in listed),
-                "before_the_first_step": sum(kill.steps == 0 for kill in listed),
                 "losses_compared": runs * STEPS,
                 "losses_that_differ": 0,
             }
