@@ -58,7 +58,9 @@ def base(recipe, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_module, pretrained):
             patch.setattr(module, "GLIP", lambda config: Slim())
-        train(recipe, workdir)
+        config = recipe.copy_and_resolve_references()
+        config.data.eval = ""
+        train(config, workdir)
     return workdir
 
 
