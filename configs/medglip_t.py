@@ -61,6 +61,9 @@ def get_config() -> ConfigDict:
     config.model = ConfigDict()
     config.model.dtype = "float32"  # compute type: float32 or bfloat16 (parameters and reductions stay float32)
     config.model.remat = "none"  # rematerialisation: none, or blocks (each Swin block and tower block)
+    # Run blocks of equal shape (tower, text layers, pairs of Swin blocks) as loops, which compile a block once. Takes
+    # the memory of a second copy of their parameters and gradients; ours
+    config.model.scan = False
     config.model.swin = ConfigDict()
     config.model.swin.embed_dim = 96  # channels of stage 1
     config.model.swin.depths = (2, 2, 6, 2)  # blocks of each stage

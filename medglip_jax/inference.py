@@ -16,6 +16,7 @@ from medglip_jax.errors import list_mismatches
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.parallel.mesh import BATCH_AXES
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import path_name
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
     Args:
         model: the detector.
-        config: a recipe; reads `data.canvas`, `detection` and `activation_rules`.
+        config: a recipe; reads `data.canvas`, `detection`, `sharding`, `sharding_rules` and `activation_rules`.
         mesh: from `make_mesh`; None runs on one device.
 
     Returns:
@@ -118,7 +119,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
             return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _BATCH))
 
         pixels = normalize_pixels(image, image_size)
-        with activations_on(mesh, config.activation_rules):
+        with activations_on(mesh, config.activation_rules, resolve_rules(config)):
             outputs: Any = model.apply(
                 {"params": params}, pixels, spread(input_ids), spread(attention_mask), train=False
             )

@@ -52,9 +52,11 @@ class DropPath(nn.Module):
     rate: float
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        if not train or self.rate == 0.0:
+    def __call__(self, x: Array, train: bool, traced_rate: Array | None = None) -> Array:
+        """Args: `traced_rate` stands for `rate` where blocks of several rates are one loop."""
+        rate = self.rate if traced_rate is None else traced_rate
+        if not train or (traced_rate is None and self.rate == 0.0):
             return x
         shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, shape)
-        return jnp.where(keep, x / (1 - self.rate), 0).astype(x.dtype)
+        keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, shape)
+        return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from medglip_jax.detection.losses import detection_losses
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.activations import activations_on
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -69,7 +70,8 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `optimizer`, `schedule` and `activation_rules`.
+        config: a recipe; reads `detection`, `optimizer`, `schedule`, `sharding`, `sharding_rules` and
+            `activation_rules`.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
@@ -79,14 +81,14 @@ def make_train_step(
         loss_centerness, num_positives, grad_norm (before clipping), learning_rate; and finite, bool: whether loss and
         gradient are. Where they are not, the state comes back as it was.
     """
-    schedule, ema = make_schedule(config), config.optimizer.ema
+    schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
         pixels = normalize_pixels(batch["image"], batch["image_size"])
         dropout = jax.random.fold_in(state.rng, state.step)
 
         def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
-            with activations_on(mesh, config.activation_rules):
+            with activations_on(mesh, config.activation_rules, rules):
                 outputs: Any = model.apply(
                     {"params": params},
                     pixels,
