@@ -60,7 +60,10 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.dtype = "float32"  # compute type: float32 or bfloat16 (parameters and reductions stay float32)
-    config.model.remat = "none"  # rematerialisation: none, or blocks (each Swin block and tower block)
+    # Rematerialisation: none, blocks (nothing is kept of any block), or "PATTERN=POLICY,...": the first pattern that
+    # re.search finds in a block's path (backbone/stage_0_block_1, language/layer_0, tower_3) decides. Policies: full
+    # (keep nothing), dots (keep matrix products), dots_no_batch (those of layers, not of attention), none
+    config.model.remat = "none"
     # Run blocks of equal shape (tower, text layers, pairs of Swin blocks) as loops, which compile a block once. Takes
     # the memory of a second copy of their parameters and gradients; ours
     config.model.scan = False

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.layers import Dense, gelu, layer_norm, torch_bias_init, torch_kernel_init
+from medglip_jax.model.remat import NONE
 from medglip_jax.parallel.activations import TEXT, constrain
 
 Array = jax.Array
@@ -105,5 +106,5 @@ class Bert(nn.Module):
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
         fields = {"config": config, "dtype": self.dtype}
         names = [f"layer_{i}" for i in range(config.num_layers)]
-        layers = [Block(name, BertLayer, fields, train=3, policy=self.remat.get(name, "none")) for name in names]
+        layers = [Block(name, BertLayer, fields, train=3, policy=self.remat.get(name, NONE)) for name in names]
         return run_blocks(self, layers, lambda layer, x, _: layer(x, mask, train), x, scan=self.scan, train=train)

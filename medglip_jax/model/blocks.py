@@ -8,17 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from medglip_jax.model.remat import NONE, POLICIES
 from medglip_jax.parallel.activations import constrain_parameters
 
 Array = jax.Array
 Tree = Any
-
-# What `config.model.remat` can ask for; None keeps nothing but the block's inputs.
-POLICIES: dict[str, Callable[..., Any] | None] = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +24,19 @@ class Block:
         kind: its class.
         fields: attributes of that class.
         train: place of the argument `train` in the class's `__call__`, where self is 0.
-        policy: "none", or one of `POLICIES`.
+        policy: see `block_policies`.
     """
 
     name: str
     kind: type[nn.Module]
     fields: Mapping[str, Any]
     train: int
-    policy: str = "none"
+    policy: str = NONE
 
     def build(self, *, in_loop: bool = False, **place: Any) -> Any:
         """Returns the module; `place` is its name, or parent=None for one that belongs to no other."""
         kind = self.kind
-        if self.policy != "none":
+        if self.policy != NONE:
             # XLA does not merge what is recomputed with the first computation across the two loops.
             kind = nn.remat(kind, static_argnums=(self.train,), policy=POLICIES[self.policy], prevent_cse=not in_loop)
         return kind(**self.fields, **place)

@@ -14,6 +14,7 @@ from medglip_jax.model.dyhead import DyConv
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.fusion import VLFuse
 from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
+from medglip_jax.model.remat import block_policies
 from medglip_jax.model.swin import Swin
 from medglip_jax.parallel.activations import PIXELS, TEXT, WHOLE_MAP, WHOLE_PIXELS, constrain
 
@@ -137,10 +138,8 @@ class GLIP(nn.Module):
         config = self.config
         if config.dtype not in _DTYPES:
             raise ValueError(f"config.model.dtype is {config.dtype!r}: expected one of {', '.join(_DTYPES)}")
-        if config.remat not in ("none", "blocks"):
-            raise ValueError(f"config.model.remat is {config.remat!r}: expected none or blocks")
         dtype, scan = _DTYPES[config.dtype], config.scan
-        policies = dict.fromkeys(block_paths(config), "full" if config.remat == "blocks" else "none")
+        policies = block_policies(config.remat, block_paths(config))
         mask = attention_mask.astype(bool)
 
         features = Swin(config.swin, dtype, _below("backbone/", policies), scan, name="backbone")(

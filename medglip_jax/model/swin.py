@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.layers import Dense, DropPath, gelu, layer_norm
+from medglip_jax.model.remat import NONE
 from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -190,7 +191,7 @@ class Swin(nn.Module):
                     "dtype": self.dtype,
                 }
                 name = f"stage_{stage}_block_{index}"
-                blocks.append(Block(name, SwinBlock, fields, train=2, policy=self.remat.get(name, "none")))
+                blocks.append(Block(name, SwinBlock, fields, train=2, policy=self.remat.get(name, NONE)))
             x = run_blocks(
                 self,
                 blocks,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from medglip_jax.model.bert import Bert
 from medglip_jax.model.blocks import Block, run_blocks
@@ -78,7 +79,7 @@ def loops_of(jaxpr):
         if equation.primitive.name == "scan":
             found.append(equation.params["length"])
         else:
-            found += [n for inner in jax.core.jaxprs_in_params(equation.params) for n in loops_of(inner)]
+            found += [n for inner in jaxprs_in_params(equation.params) for n in loops_of(inner)]
     return found
 
 
