@@ -152,6 +152,7 @@ def get_config() -> ConfigDict:
     )
 
     config.training = ConfigDict()
+    config.training.accumulation = 1  # micro-batches that a step takes its batch in, one after another; ours
     config.training.log_every = 50  # steps between metrics
     config.training.checkpoint_every = 5000  # steps between checkpoints; the last step is always saved
     config.training.keep_checkpoints = 3  # newest ones kept

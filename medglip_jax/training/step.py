@@ -1,5 +1,6 @@
 """One optimizer step as a pure function, and what happens when its loss is not finite."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,11 @@ from flax.linen import Module
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from medglip_jax.detection.losses import detection_losses
+from medglip_jax.detection.losses import Normalizers, count_normalizers, detection_losses, match_anchors
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.parallel.presets import resolve_rules
+from medglip_jax.training.accumulation import accumulate_gradients, split_batch
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -70,8 +72,8 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `optimizer`, `schedule`, `sharding`, `sharding_rules` and
-            `activation_rules`.
+        config: a recipe; reads `detection`, `optimizer`, `schedule`, `training.accumulation`, `sharding`,
+            `sharding_rules` and `activation_rules`.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
@@ -80,27 +82,39 @@ def make_train_step(
         box_mask and positive_map; other keys are ignored. Metrics are float32 scalars: loss, loss_token, loss_box,
         loss_centerness, num_positives, grad_norm (before clipping), learning_rate; and finite, bool: whether loss and
         gradient are. Where they are not, the state comes back as it was.
+
+        With `training.accumulation` the batch is taken in that many micro-batches. Loss and gradient are those of the
+        whole batch up to rounding (DropBlock's share of kept pixels alone is counted in each micro-batch): what the
+        losses are divided by depends on the boxes, not on the parameters, and is counted over the whole batch before.
     """
     schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
+    accumulation = config.training.accumulation
+
+    def loss_of(
+        params: Any, batch: Mapping[str, jax.Array], dropout: jax.Array, normalizers: Normalizers | None = None
+    ) -> tuple[jax.Array, Metrics]:
+        outputs: Any = model.apply(
+            {"params": params},
+            normalize_pixels(batch["image"], batch["image_size"]),
+            batch["input_ids"],
+            batch["attention_mask"],
+            train=True,
+            rngs={"dropout": dropout},
+        )
+        losses = detection_losses(outputs, batch, config.detection, normalizers)
+        return losses["loss"], losses
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        pixels = normalize_pixels(batch["image"], batch["image_size"])
         dropout = jax.random.fold_in(state.rng, state.step)
-
-        def loss_of(params: Any) -> tuple[jax.Array, Metrics]:
-            with activations_on(mesh, config.activation_rules, rules):
-                outputs: Any = model.apply(
-                    {"params": params},
-                    pixels,
-                    batch["input_ids"],
-                    batch["attention_mask"],
-                    train=True,
-                    rngs={"dropout": dropout},
-                )
-            losses = detection_losses(outputs, batch, config.detection)
-            return losses["loss"], losses
-
-        grads, losses = jax.grad(loss_of, has_aux=True)(state.params)
+        with activations_on(mesh, config.activation_rules, rules):
+            if accumulation == 1:
+                grads, losses = jax.grad(loss_of, has_aux=True)(state.params, batch, dropout)
+            else:
+                dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
+                whole = count_normalizers(match_anchors(batch, config.detection, dtype))
+                rows = split_batch(batch, accumulation, mesh)
+                part_of = functools.partial(loss_of, normalizers=whole)
+                grads, losses = accumulate_gradients(part_of, state.params, rows, dropout)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
 
