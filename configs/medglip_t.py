@@ -109,15 +109,22 @@ def get_config() -> ConfigDict:
     config.detection.max_detections = 100  # boxes of an image and prompt
 
     config.optimizer = ConfigDict()
+    config.optimizer.kind = "adamw"  # adamw, adafactor, or sm3: what each keeps is in docs/pods.md
+    config.optimizer.moment_dtype = "float32"  # of Adam's moments and Adafactor's first: float32 or bfloat16; ours
     config.optimizer.learning_rate = 1e-4  # peak, AdamW
     config.optimizer.text_scale = 0.1  # rate of the text encoder over the rate
     config.optimizer.bias_scale = (
         2.0  # rate of every parameter with 'bias' in its exported name over the rate; these do not decay
     )
     config.optimizer.weight_decay = 1e-4  # decoupled, scaled by the rate
-    config.optimizer.b1 = 0.9  # AdamW
+    config.optimizer.b1 = 0.9  # AdamW, SM3; Adafactor keeps no first moment where it is 0
     config.optimizer.b2 = 0.999  # AdamW
-    config.optimizer.eps = 1e-8  # AdamW
+    config.optimizer.eps = 1e-8  # AdamW, SM3
+    config.optimizer.factored = ConfigDict()  # of Adafactor (arXiv 1804.04235, defaults of optax)
+    config.optimizer.factored.decay_rate = 0.8  # the second moment's decay after t steps is 1 - t ** -decay_rate
+    config.optimizer.factored.min_size = 128  # arrays with two dimensions of at least this are factored
+    config.optimizer.factored.eps = 1e-30  # added to squared gradients
+    config.optimizer.factored.clip_rms = 1.0  # root mean square of an array's update
     config.optimizer.clip_norm = 1.0  # global gradient norm
     config.optimizer.ema = 0.999  # decay of the parameter average, warmed up; 0 keeps none
 
