@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.layers import Dense, gelu, layer_norm, torch_bias_init, torch_kernel_init
 from medglip_jax.model.remat import NONE
+from medglip_jax.ops.widening import spread, take_rows
 from medglip_jax.parallel.activations import TEXT, constrain
 
 Array = jax.Array
@@ -71,7 +72,7 @@ class Table(nn.Embed):
     """
 
     def __call__(self, inputs: Array) -> Array:
-        return jnp.take(constrain(self.embedding.astype(self.dtype), None, None), inputs, axis=0)
+        return take_rows(constrain(self.embedding.astype(self.dtype), None, None), inputs)
 
 
 class Bert(nn.Module):
@@ -100,8 +101,8 @@ class Bert(nn.Module):
             return Table(rows, config.hidden_size, embedding_init=_init, dtype=self.dtype, name=name)
 
         x = table("word_embeddings", config.vocab_size)(input_ids)
-        x += table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1]))
-        x += table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32))
+        x += spread(table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1])), x.shape)
+        x += spread(table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32)), x.shape)
         x = constrain(layer_norm("embeddings_norm", _EPSILON, self.dtype)(x), *TEXT)
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
         fields = {"config": config, "dtype": self.dtype}

@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
 from medglip_jax.model.blocks import Block, run_blocks
-from medglip_jax.model.layers import Dense, DropPath, gelu, layer_norm
+from medglip_jax.model.layers import Conv, Dense, DropPath, gelu, layer_norm
 from medglip_jax.model.remat import NONE
 from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
 
@@ -151,9 +151,7 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, pixels: Array) -> Array:  # [B, H, W, 3] -> [B, ceil(H / 4), ceil(W / 4), features]
         padding = ((0, 0), (0, -pixels.shape[1] % 4), (0, -pixels.shape[2] % 4), (0, 0))
-        x = nn.Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(
-            jnp.pad(pixels, padding)
-        )
+        x = Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(jnp.pad(pixels, padding))
         x = constrain(constrain(x, *WHOLE_MAP), *MAP)
         return layer_norm("norm", _EPSILON, self.dtype)(x)
 

@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,26 +15,9 @@ from medglip_jax.training.accumulation import accumulate_gradients, split_batch
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.state import TrainState, state_shapes
 from medglip_jax.training.step import make_train_step
+from tests.training.small_detector import Detector
 
 SIDE, BATCH, TOKENS = 64, 16, 8
-
-
-class Detector(nn.Module):
-    """The smallest model with the outputs of the detector, for strides of 16 and 32 pixels."""
-
-    dtype: object = jnp.float32
-
-    @nn.compact
-    def __call__(self, pixels, input_ids, attention_mask, train=False):
-        x = nn.relu(nn.Conv(16, (8, 8), (8, 8), name="stem", dtype=self.dtype)(pixels.astype(self.dtype)))
-        levels = [nn.Conv(32, (size, size), (size, size), name=f"level_{size}", dtype=self.dtype)(x) for size in (2, 4)]
-        x = nn.tanh(jnp.concatenate([y.reshape(len(y), -1, 32) for y in levels], axis=1))  # [B, N, C]
-        words = nn.Embed(64, 32, name="words", dtype=self.dtype)(input_ids)
-        return {
-            "token_logits": jnp.einsum("bnc,blc->bnl", x, words),
-            "box_deltas": nn.Dense(4, name="box", dtype=self.dtype)(x),
-            "centerness": nn.Dense(1, name="centerness", dtype=self.dtype)(x)[..., 0],
-        }
 
 
 @pytest.fixture(scope="module")
