@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 Array = jax.Array
 
@@ -38,7 +39,7 @@ def hard_sigmoid(x: Array) -> Array:
 def _promote_all_but_bias(
     inputs: Array, kernel: Array, bias: Array | None = None, *, dtype: jnp.dtype | None
 ) -> tuple[Array, Array, Array | None]:
-    return *nn.dtypes.promote_dtype(inputs, kernel, dtype=dtype), bias
+    return *promote_dtype(inputs, kernel, dtype=dtype), bias
 
 
 class Dense(nn.Dense):

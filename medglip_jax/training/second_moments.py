@@ -42,7 +42,7 @@ def scale_by_bfloat16_adam(b1: float, b2: float, eps: float) -> optax.GradientTr
         mu, nu = (jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), params) for _ in range(2))
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
-    def update(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda g, m: b1 * m.astype(g.dtype) + (1 - b1) * g, updates, state.mu)
