@@ -62,7 +62,13 @@ def get_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.dtype = "float32"  # compute type: float32 or bfloat16 (parameters and reductions stay float32)
-    config.model.remat = "none"  # rematerialisation: none, or blocks (each Swin block and tower block)
+    # Rematerialisation: none, blocks (nothing is kept of any block), or "PATTERN=POLICY,...": the first pattern that
+    # re.search finds in a block's path (backbone/stage_0_block_1, language/layer_0, tower_3) decides. Policies: full
+    # (keep nothing), dots (keep matrix products), dots_no_batch (those of layers, not of attention), none
+    config.model.remat = "none"
+    # Run blocks of equal shape (tower, text layers, pairs of Swin blocks) as loops, which compile a block once. Takes
+    # the memory of a second copy of their parameters and gradients; ours
+    config.model.scan = False
     config.model.swin = ConfigDict()
     config.model.swin.embed_dim = 96  # channels of stage 1
     config.model.swin.depths = (2, 2, 6, 2)  # blocks of each stage
@@ -105,15 +111,22 @@ def get_config() -> ConfigDict:
     config.detection.max_detections = 100  # boxes of an image and prompt
 
     config.optimizer = ConfigDict()
+    config.optimizer.kind = "adamw"  # adamw, adafactor, or sm3: what each keeps is in docs/pods.md
+    config.optimizer.moment_dtype = "float32"  # of Adam's moments and Adafactor's first: float32 or bfloat16; ours
     config.optimizer.learning_rate = 1e-4  # peak, AdamW
     config.optimizer.text_scale = 0.1  # rate of the text encoder over the rate
     config.optimizer.bias_scale = (
         2.0  # rate of every parameter with 'bias' in its exported name over the rate; these do not decay
     )
     config.optimizer.weight_decay = 1e-4  # decoupled, scaled by the rate
-    config.optimizer.b1 = 0.9  # AdamW
+    config.optimizer.b1 = 0.9  # AdamW, SM3; Adafactor keeps no first moment where it is 0
     config.optimizer.b2 = 0.999  # AdamW
-    config.optimizer.eps = 1e-8  # AdamW
+    config.optimizer.eps = 1e-8  # AdamW, SM3
+    config.optimizer.factored = ConfigDict()  # of Adafactor (arXiv 1804.04235, defaults of optax)
+    config.optimizer.factored.decay_rate = 0.8  # the second moment's decay after t steps is 1 - t ** -decay_rate
+    config.optimizer.factored.min_size = 128  # arrays with two dimensions of at least this are factored
+    config.optimizer.factored.eps = 1e-30  # added to squared gradients
+    config.optimizer.factored.clip_rms = 1.0  # root mean square of an array's update
     config.optimizer.clip_norm = 1.0  # global gradient norm
     config.optimizer.ema = 0.999  # decay of the parameter average, warmed up; 0 keeps none
 
@@ -161,6 +174,7 @@ def get_config() -> ConfigDict:
     )
 
     config.training = ConfigDict()
+    config.training.accumulation = 1  # micro-batches that a step takes its batch in, one after another; ours
     config.training.log_every = 50  # steps between metrics
     config.training.checkpoint_every = 5000  # steps between checkpoints; the last step is always saved
     config.training.keep_checkpoints = 3  # newest ones kept

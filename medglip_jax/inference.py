@@ -17,6 +17,7 @@ from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
 from medglip_jax.parallel.activations import activations_on
 from medglip_jax.parallel.mesh import BATCH_AXES
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import path_name
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
     Args:
         model: the detector.
-        config: a recipe; reads `data.canvas`, `detection` and `activation_rules`.
+        config: a recipe; reads `data.canvas`, `detection`, `sharding`, `sharding_rules` and `activation_rules`.
         mesh: from `make_mesh`; None runs on one device.
 
     Returns:
@@ -119,7 +120,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
             return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _BATCH))
 
         pixels = normalize_pixels(image, image_size)
-        with activations_on(mesh, config.activation_rules):
+        with activations_on(mesh, config.activation_rules, resolve_rules(config)):
             outputs = apply_model(model, params, pixels, spread(input_ids), spread(attention_mask), train=False)
         return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
 

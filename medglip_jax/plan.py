@@ -96,7 +96,8 @@ class Planner:
         trials: list[Trial] = []
         for remat in POLICIES:
 
-            def compile_with(images: int, remat: str = remat) -> Measurement:
+            def compile_with(micro_batch: int, remat: str = remat) -> Measurement:
+                images = micro_batch * self.config.training.accumulation
                 measurement = self.measure(lower_train, remat, images)
                 trials.append(Trial(remat, images, measurement, self.bound(measurement, images, model_flops)))
                 tell(trials[-1])

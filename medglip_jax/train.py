@@ -88,6 +88,12 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
             f"config.data.batch_size is {data.batch_size}: it must be a multiple of {parts}, the mesh axes "
             f"{describe_parts(mesh)}, and of the {jax.process_count()} processes"
         )
+    accumulation = config.training.accumulation
+    if accumulation < 1 or data.batch_size % (parts * accumulation):
+        raise ValueError(
+            f"config.training.accumulation is {accumulation}: at least 1 is needed, and config.data.batch_size "
+            f"({data.batch_size}) must be a multiple of it times {parts}, the mesh axes {describe_parts(mesh)}"
+        )
     if tokenizer.vocab_size > bert.vocab_size:
         raise ValueError(
             f"config.model.bert.vocab_size is {bert.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens: "

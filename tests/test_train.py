@@ -155,6 +155,8 @@ def test_checkpoint_of_another_model_is_refused_and_stays(run, recipe):
         ({"data__max_tokens": 65}, r"config\.data\.max_tokens is 65"),
         ({"data__train": ""}, r"config\.data\.train is empty"),
         ({"data__eval": "/nowhere"}, "holds no records"),
+        ({"training__accumulation": 2}, r"config\.training\.accumulation is 2.*\(8\) must be a multiple of it times 8"),
+        ({"training__accumulation": 0}, r"config\.training\.accumulation is 0"),
         ({"training__keep_checkpoints": 0}, "keep_checkpoints"),
     ],
 )

@@ -5,7 +5,7 @@ weighs the same on one device and on a pod.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,63 @@ def _token_loss(
     return jnp.sum(losses, where=(attention_mask > 0)[:, None])
 
 
+class Targets(NamedTuple):
+    """What the anchors of a batch are asked for, whatever the model says.
+
+    Attributes:
+        anchors: float[N, 4], half-open boxes in pixels.
+        assigned: int32[B, N], the box of each anchor, or -1 for background.
+        positive: bool[B, N], those whose box has tokens.
+        boxes: float[B, N, 4], the inclusive box of each anchor.
+        quality: float[B, N], centerness of positive anchors; 0 for others.
+    """
+
+    anchors: jax.Array
+    assigned: jax.Array
+    positive: jax.Array
+    boxes: jax.Array
+    quality: jax.Array
+
+
+class Normalizers(NamedTuple):
+    """Scalars that the losses of a batch are divided by, where they are at least 1."""
+
+    num_positives: jax.Array
+    quality: jax.Array
+
+
+def match_anchors(batch: Mapping[str, Any], config: ConfigDict | FrozenConfigDict, dtype: Any) -> Targets:
+    """Assigns the anchors of a batch to its boxes.
+
+    Args:
+        batch, config: see `detection_losses`.
+        dtype: to compute in, float32 or float64.
+    """
+    height, width = batch["image"].shape[1:3]
+    anchors = jnp.asarray(make_anchors(height, width, config.strides, config.anchor_scale)[0], dtype)
+    boxes = jnp.asarray(batch["boxes"], dtype)
+    tokens = jnp.asarray(batch["positive_map"]) > 0  # [B, M, L]
+    box_mask = jnp.asarray(batch["box_mask"])
+
+    shapes = level_shapes(height, width, config.strides)
+    assigned = jax.vmap(lambda b, m: assign_anchors(anchors, shapes, b, m, config.atss_topk))(boxes, box_mask)
+    nearest = jnp.maximum(assigned, 0)  # [B, N]
+    positive = (assigned >= 0) & jnp.take_along_axis(tokens.any(axis=-1), nearest, axis=1)
+    targets = inclusive(jnp.take_along_axis(boxes, nearest[..., None], axis=1))  # [B, N, 4]
+    quality = jnp.where(positive, centerness_targets(inclusive(anchors), targets), 0)  # [B, N]
+    return Targets(anchors, assigned, positive, targets, quality)
+
+
+def count_normalizers(targets: Targets) -> Normalizers:
+    """Returns what the losses of the anchors of `targets` are divided by."""
+    return Normalizers(jnp.sum(targets.positive, dtype=targets.quality.dtype), jnp.sum(targets.quality))
+
+
 def detection_losses(
-    outputs: Mapping[str, jax.Array], batch: Mapping[str, Any], config: ConfigDict | FrozenConfigDict
+    outputs: Mapping[str, jax.Array],
+    batch: Mapping[str, Any],
+    config: ConfigDict | FrozenConfigDict,
+    normalizers: Normalizers | None = None,
 ) -> dict[str, jax.Array]:
     """Computes the training loss of a batch.
 
@@ -77,10 +132,12 @@ def detection_losses(
         batch: image [B, H, W, 3] (its shape alone is read), attention_mask [B, L], boxes [B, M, 4] (half-open canvas
             pixels), box_mask [B, M], positive_map [B, M, L].
         config: `config.detection` of a recipe.
+        normalizers: of the batch that this one is a part of, whose losses then sum to those of the whole; None takes
+            this batch for the whole.
 
     Returns:
         Scalars of float32, or float64 where the outputs are: loss (the weighted sum), loss_token, loss_box,
-        loss_centerness (each with its weight), num_positives.
+        loss_centerness (each with its weight), num_positives (of this batch).
 
     Raises:
         ValueError: the outputs do not have the number of anchors that the image's size gives.
@@ -93,38 +150,29 @@ def detection_losses(
             f"detection_losses: token_logits have {token_logits.shape[1]} anchors, but a canvas of {height}x{width} "
             f"pixels with strides {tuple(config.strides)} has {len(all_anchors)}; give the image that the model saw."
         )
-    anchors = jnp.asarray(all_anchors, deltas.dtype)
-    boxes = jnp.asarray(batch["boxes"], deltas.dtype)
-    tokens = jnp.asarray(batch["positive_map"]) > 0  # [B, M, L]
-    box_mask = jnp.asarray(batch["box_mask"])
-
-    shapes = level_shapes(height, width, config.strides)
-    assigned = jax.vmap(lambda b, m: assign_anchors(anchors, shapes, b, m, config.atss_topk))(boxes, box_mask)
-    nearest = jnp.maximum(assigned, 0)  # [B, N]
-    positive = (assigned >= 0) & jnp.take_along_axis(tokens.any(axis=-1), nearest, axis=1)
-    num_positives = jnp.sum(positive, dtype=deltas.dtype)
-    normalizer = jnp.maximum(num_positives, 1)
+    targets = match_anchors(batch, config, deltas.dtype)
+    positive, quality = targets.positive, targets.quality
+    counted = count_normalizers(targets)
+    totals = counted if normalizers is None else normalizers
+    normalizer = jnp.maximum(totals.num_positives, 1)
 
     # Recomputed in the backward pass: nothing of size [B, N, L] is kept for it but the logits.
     token_loss = jax.checkpoint(_token_loss, static_argnums=(4, 5))
-    loss_token = token_loss(
-        token_logits, assigned, tokens, jnp.asarray(batch["attention_mask"]), config.focal_alpha, config.focal_gamma
-    )
+    tokens, real = jnp.asarray(batch["positive_map"]) > 0, jnp.asarray(batch["attention_mask"])
+    loss_token = token_loss(token_logits, targets.assigned, tokens, real, config.focal_alpha, config.focal_gamma)
 
-    targets = inclusive(jnp.take_along_axis(boxes, nearest[..., None], axis=1))  # [B, N, 4]
-    quality = jnp.where(positive, centerness_targets(inclusive(anchors), targets), 0)  # [B, N]
-    overlap = giou(inclusive(decode_boxes(anchors, deltas)), targets)
+    overlap = giou(inclusive(decode_boxes(targets.anchors, deltas)), targets.boxes)
     loss_box = jnp.sum(quality * (1 - overlap), where=positive)
     # Binary cross-entropy against a soft target, from the logit.
     loss_centerness = jnp.sum(jax.nn.softplus(centerness) - quality * centerness, where=positive)
 
     loss_token = config.token_loss_weight * loss_token / normalizer
-    loss_box = config.box_loss_weight * loss_box / jnp.maximum(jnp.sum(quality), 1)
+    loss_box = config.box_loss_weight * loss_box / jnp.maximum(totals.quality, 1)
     loss_centerness = config.centerness_loss_weight * loss_centerness / normalizer
     return {
         "loss": loss_token + loss_box + loss_centerness,
         "loss_token": loss_token,
         "loss_box": loss_box,
         "loss_centerness": loss_centerness,
-        "num_positives": num_positives,
+        "num_positives": counted.num_positives,
     }

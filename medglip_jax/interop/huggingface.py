@@ -103,7 +103,7 @@ def load_swin(folder: str | os.PathLike[str], config: ConfigDict) -> tuple[Param
     settings = _read_settings(folder, "swin")
     _check(folder, _mismatches(settings, "swin", swin, _SWIN_FIELDS, _SWIN_FIXED))
 
-    module = Swin(swin, jnp.dtype(jnp.float32), False)
+    module = Swin(swin, jnp.dtype(jnp.float32))
     shapes = _shapes(lambda key: module.init(key, jnp.zeros((1, 32, 32, 3)), False))
     weights = [
         Weight(ours.removeprefix("backbone/"), _swin_name(theirs), "conv of RGB" if layout == "conv" else layout)
@@ -135,7 +135,7 @@ def load_bert(folder: str | os.PathLike[str], config: ConfigDict) -> tuple[Param
         wrong.append(f"config.model.bert.max_positions is {bert.max_positions}, it has {positions}")
     _check(folder, wrong)
 
-    module = Bert(bert, jnp.dtype(jnp.float32), False)
+    module = Bert(bert, jnp.dtype(jnp.float32))
     shapes = _shapes(lambda key: module.init(key, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), False))
     weights = [
         Weight(ours.removeprefix("language/"), theirs.removeprefix(_BERT_ROOT), layout)

@@ -1,11 +1,17 @@
 """BERT (arXiv 1810.04805): the text encoder, and the layer of it that stands in each block of the tower."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
+from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.layers import Dense, gelu, layer_norm, torch_bias_init, torch_kernel_init
+from medglip_jax.model.remat import NONE
+from medglip_jax.ops.widening import spread, take_rows
 from medglip_jax.parallel.activations import TEXT, constrain
 
 Array = jax.Array
@@ -66,15 +72,22 @@ class Table(nn.Embed):
     """
 
     def __call__(self, inputs: Array) -> Array:
-        return jnp.take(constrain(self.embedding.astype(self.dtype), None, None), inputs, axis=0)
+        return take_rows(constrain(self.embedding.astype(self.dtype), None, None), inputs)
 
 
 class Bert(nn.Module):
-    """The text encoder: hidden states of the last layer, padding included."""
+    """The text encoder: hidden states of the last layer, padding included.
+
+    Attributes:
+        config: `config.model.bert`.
+        remat: policy of each layer by its name (see `Block`); those that are not named have none.
+        scan: run the layers as a loop.
+    """
 
     config: ConfigDict
     dtype: jnp.dtype
-    remat: bool
+    remat: Mapping[str, str] = FrozenDict()
+    scan: bool = False
 
     @nn.compact
     def __call__(self, input_ids: Array, mask: Array, train: bool) -> Array:  # int32[B, L], bool[B, L] -> [B, L, D]
@@ -88,11 +101,11 @@ class Bert(nn.Module):
             return Table(rows, config.hidden_size, embedding_init=_init, dtype=self.dtype, name=name)
 
         x = table("word_embeddings", config.vocab_size)(input_ids)
-        x += table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1]))
-        x += table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32))
+        x += spread(table("position_embeddings", config.max_positions)(jnp.arange(input_ids.shape[1])), x.shape)
+        x += spread(table("token_type_embeddings", 2)(jnp.zeros((), jnp.int32)), x.shape)
         x = constrain(layer_norm("embeddings_norm", _EPSILON, self.dtype)(x), *TEXT)
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
-        layer = nn.remat(BertLayer, static_argnums=(3,)) if self.remat else BertLayer
-        for i in range(config.num_layers):
-            x = layer(config, self.dtype, name=f"layer_{i}")(x, mask, train)
-        return x
+        fields = {"config": config, "dtype": self.dtype}
+        names = [f"layer_{i}" for i in range(config.num_layers)]
+        layers = [Block(name, BertLayer, fields, train=3, policy=self.remat.get(name, NONE)) for name in names]
+        return run_blocks(self, layers, lambda layer, x, _: layer(x, mask, train), x, scan=self.scan, train=train)

@@ -1,6 +1,7 @@
 """GLIP (arXiv 2112.03857): an image and a prompt in, dense token logits and boxes out."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medglip_jax.model.bert import Bert, BertLayer
+from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.dyhead import DyConv
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.fusion import VLFuse
 from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
+from medglip_jax.model.remat import block_policies
 from medglip_jax.model.swin import Swin
 from medglip_jax.parallel.activations import PIXELS, TEXT, WHOLE_MAP, WHOLE_PIXELS, constrain
 
@@ -96,6 +99,20 @@ class Head(nn.Module):
         }
 
 
+def block_paths(config: ConfigDict) -> list[str]:
+    """Returns what the parameter paths of each block start with, for `config.model` of a recipe."""
+    stages = enumerate(config.swin.depths)
+    return [
+        *(f"backbone/stage_{stage}_block_{i}" for stage, depth in stages for i in range(depth)),
+        *(f"language/layer_{i}" for i in range(config.bert.num_layers)),
+        *(f"tower_{i}" for i in range(config.tower.num_blocks)),
+    ]
+
+
+def _below(prefix: str, policies: Mapping[str, str]) -> dict[str, str]:
+    return {path.removeprefix(prefix): policy for path, policy in policies.items() if path.startswith(prefix)}
+
+
 class GLIP(nn.Module):
     """The whole detector; sizes and compute type come from `config.model` (see configs/medglip_t.py).
 
@@ -129,21 +146,25 @@ class GLIP(nn.Module):
         config = self.config
         if config.dtype not in _DTYPES:
             raise ValueError(f"config.model.dtype is {config.dtype!r}: expected one of {', '.join(_DTYPES)}")
-        if config.remat not in ("none", "blocks"):
-            raise ValueError(f"config.model.remat is {config.remat!r}: expected none or blocks")
-        dtype, remat = _DTYPES[config.dtype], config.remat == "blocks"
+        dtype, scan = _DTYPES[config.dtype], config.scan
+        policies = block_policies(config.remat, block_paths(config))
         mask = attention_mask.astype(bool)
 
-        features = Swin(config.swin, dtype, remat, name="backbone")(pixels.astype(dtype), train)
+        features = Swin(config.swin, dtype, _below("backbone/", policies), scan, name="backbone")(
+            pixels.astype(dtype), train
+        )
         self.sow("intermediates", "backbone_levels", features)
         levels = FPN(config.fpn, dtype, name="neck")(features, train)
         self.sow("intermediates", "neck_levels", levels)
-        text = Bert(config.bert, dtype, remat, name="language")(input_ids, mask, train)
+        text = Bert(config.bert, dtype, _below("language/", policies), scan, name="language")(input_ids, mask, train)
         self.sow("intermediates", "language_hidden", text)
         if text_offset is not None:
             text = constrain(text + text_offset.astype(text.dtype), *TEXT)
 
-        block = nn.remat(TowerBlock, static_argnums=(4,)) if remat else TowerBlock
-        for i in range(config.tower.num_blocks):
-            levels, text = block(config, dtype, name=f"tower_{i}")(levels, text, mask, train)
+        fields = {"config": config, "dtype": dtype}
+        names = [f"tower_{i}" for i in range(config.tower.num_blocks)]
+        blocks = [Block(name, TowerBlock, fields, train=4, policy=policies[name]) for name in names]
+        levels, text = run_blocks(
+            self, blocks, lambda block, streams, _: block(*streams, mask, train), (levels, text), scan=scan, train=train
+        )
         return Head(config.prior_probability, dtype, name="head")(levels, text)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import Dense, hard_sigmoid, torch_bias_init, torch_kernel_init
+from medglip_jax.model.layers import Conv, Dense, hard_sigmoid, torch_bias_init, torch_kernel_init
 from medglip_jax.ops.deform_conv import Reading, deform_convs
+from medglip_jax.ops.widening import spread
 from medglip_jax.parallel.activations import WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -49,7 +50,7 @@ class DeformConvNorm(nn.Module):
         self.norm = nn.GroupNorm(self.groups, epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
 
     def __call__(self, convolved: Array) -> Array:  # [B, h, w, C] -> the same
-        return self.norm(convolved + self.bias.astype(self.dtype))
+        return self.norm((convolved + self.bias).astype(self.dtype))
 
 
 class DynamicReLU(nn.Module):
@@ -69,7 +70,8 @@ class DynamicReLU(nn.Module):
 
         pooled = x.mean(axis=(1, 2))
         y = dense("fc1", 4 * c, hidden)(nn.relu(dense("fc0", hidden, c)(pooled)))
-        a1, b1, a2, b2 = jnp.split(hard_sigmoid(y)[:, None, None] - 0.5, 4, axis=-1)
+        lines = jnp.split(hard_sigmoid(y)[:, None, None] - 0.5, 4, axis=-1)
+        a1, b1, a2, b2 = (spread(line, x.shape) for line in lines)
         return jnp.maximum(x * (2 * a1 + 1) + b1, x * (2 * a2) + b2)
 
 
@@ -91,7 +93,7 @@ class DyConv(nn.Module):
             name: DeformConvNorm(channels, self.config.norm_groups, self.dtype, name=name)
             for name in ("coarser", "same", "finer")
         }
-        offset_conv = nn.Conv(
+        offset_conv = Conv(
             27,
             (3, 3),
             padding=1,
@@ -120,6 +122,9 @@ class DyConv(nn.Module):
         groups = [(convs[name].kernel.astype(self.dtype), readings[name]) for name in convs]
         convolved = dict(zip(convs, deform_convs(levels, groups), strict=True))
 
+        def weigh(y: Array) -> Array:
+            return y * spread(hard_sigmoid(nn.relu(attention(y.mean(axis=(1, 2)))))[:, None, None], y.shape)
+
         outputs = []
         for i, x in enumerate(levels):
             inputs = [convs["same"](convolved["same"][i])]
@@ -127,6 +132,6 @@ class DyConv(nn.Module):
                 inputs.append(convs["finer"](convolved["finer"][i - 1]))
             if i + 1 < len(levels):
                 inputs.append(resize_align_corners(convs["coarser"](convolved["coarser"][i]), *x.shape[1:3]))
-            weighted = [y * hard_sigmoid(nn.relu(attention(y.mean(axis=(1, 2)))))[:, None, None] for y in inputs]
+            weighted = [weigh(y) for y in inputs]
             outputs.append(constrain(activation(sum(weighted[1:], weighted[0]) / len(weighted)), *WHOLE_MAP))
         return tuple(outputs)

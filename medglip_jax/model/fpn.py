@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from medglip_jax.model.layers import Conv
 from medglip_jax.parallel.activations import WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -45,9 +46,9 @@ class FPN(nn.Module):
     def __call__(self, features: tuple[Array, ...], train: bool) -> tuple[Array, ...]:
         channels = self.config.channels
 
-        def conv(name: str, kernel: int, stride: int = 1) -> nn.Conv:
+        def conv(name: str, kernel: int, stride: int = 1) -> Conv:
             padding = kernel // 2
-            return nn.Conv(channels, (kernel, kernel), stride, padding, kernel_init=_init, dtype=self.dtype, name=name)
+            return Conv(channels, (kernel, kernel), stride, padding, kernel_init=_init, dtype=self.dtype, name=name)
 
         merged = [conv(f"lateral_{i}", 1)(constrain(x, *WHOLE_MAP)) for i, x in enumerate(features)]
         for i in reversed(range(len(merged) - 1)):

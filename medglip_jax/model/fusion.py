@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Dense, layer_norm
+from medglip_jax.ops.widening import spread
 from medglip_jax.parallel.activations import PIXELS, TEXT, constrain
 
 Array = jax.Array
@@ -66,5 +67,5 @@ class VLFuse(nn.Module):
         scale = nn.initializers.constant(1 / config.num_blocks)
         gamma_v = self.param("gamma_v", scale, (visual.shape[-1],)).astype(self.dtype)
         gamma_l = self.param("gamma_l", scale, (text.shape[-1],)).astype(self.dtype)
-        visual = constrain(visual + gamma_v * visual_update, *PIXELS)
-        return visual, constrain(text + gamma_l * text_update, *TEXT)
+        visual = constrain(visual + spread(gamma_v, visual.shape) * visual_update, *PIXELS)
+        return visual, constrain(text + spread(gamma_l, text.shape) * text_update, *TEXT)

@@ -1,12 +1,17 @@
 """Swin Transformer v1 (arXiv 2103.14030), in the form that GLIP uses: features of stages 2 to 4, each with a norm."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
-from medglip_jax.model.layers import Dense, DropPath, gelu, layer_norm
+from medglip_jax.model.blocks import Block, run_blocks
+from medglip_jax.model.layers import Conv, Dense, DropPath, gelu, layer_norm
+from medglip_jax.model.remat import NONE
 from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -109,16 +114,17 @@ class SwinBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:  # [B, H, W, C] -> the same
+    def __call__(self, x: Array, train: bool, traced_drop_path: Array | None = None) -> Array:
+        """Returns a map of the shape of x, [B, H, W, C]; `traced_drop_path` stands for `drop_path` in a loop."""
         c = x.shape[-1]
         y = layer_norm("norm1", _EPSILON, self.dtype)(x)
         y = WindowAttention(self.num_heads, self.window, self.shift, self.dtype, name="attention")(y)
-        x = x + DropPath(self.drop_path)(y, train)
+        x = x + DropPath(self.drop_path)(y, train, traced_drop_path)
         y = layer_norm("norm2", _EPSILON, self.dtype)(x)
         y = Dense(self.mlp_ratio * c, kernel_init=_init, dtype=self.dtype, name="fc1")(y)
         y = constrain(y, "batch", "height", "width", "hidden")
         y = Dense(c, kernel_init=_init, dtype=self.dtype, name="fc2")(gelu(y))
-        return constrain(x + DropPath(self.drop_path)(y, train), *MAP)
+        return constrain(x + DropPath(self.drop_path)(y, train, traced_drop_path), *MAP)
 
 
 class PatchMerging(nn.Module):
@@ -145,38 +151,55 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, pixels: Array) -> Array:  # [B, H, W, 3] -> [B, ceil(H / 4), ceil(W / 4), features]
         padding = ((0, 0), (0, -pixels.shape[1] % 4), (0, -pixels.shape[2] % 4), (0, 0))
-        x = nn.Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(
-            jnp.pad(pixels, padding)
-        )
+        x = Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(jnp.pad(pixels, padding))
         x = constrain(constrain(x, *WHOLE_MAP), *MAP)
         return layer_norm("norm", _EPSILON, self.dtype)(x)
 
 
 class Swin(nn.Module):
-    """The backbone: feature maps of strides 8, 16 and 32."""
+    """The backbone: feature maps of strides 8, 16 and 32.
+
+    Attributes:
+        config: `config.model.swin`.
+        remat: policy of each block by its name (see `Block`); those that are not named have none.
+        scan: run the blocks of a stage as a loop over pairs.
+    """
 
     config: ConfigDict
     dtype: jnp.dtype
-    remat: bool
+    remat: Mapping[str, str] = FrozenDict()
+    scan: bool = False
 
     @nn.compact
     def __call__(self, pixels: Array, train: bool) -> tuple[Array, ...]:
         config = self.config
-        block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
         drop_path = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         x = PatchEmbed(config.embed_dim, self.dtype, name="patch_embed")(pixels)
         features = []
         for stage, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
-            for index in range(depth):
-                x = block(
-                    num_heads=heads,
-                    window=config.window,
-                    shift=config.window // 2 if index % 2 else 0,
-                    mlp_ratio=config.mlp_ratio,
-                    drop_path=drop_path.pop(0),
-                    dtype=self.dtype,
-                    name=f"stage_{stage}_block_{index}",
-                )(x, train)
+            rates = [drop_path.pop(0) for _ in range(depth)]
+            blocks = []
+            for index, rate in enumerate(rates):
+                fields = {
+                    "num_heads": heads,
+                    "window": config.window,
+                    "shift": config.window // 2 if index % 2 else 0,
+                    "mlp_ratio": config.mlp_ratio,
+                    "drop_path": rate,
+                    "dtype": self.dtype,
+                }
+                name = f"stage_{stage}_block_{index}"
+                blocks.append(Block(name, SwinBlock, fields, train=2, policy=self.remat.get(name, NONE)))
+            x = run_blocks(
+                self,
+                blocks,
+                lambda block, x, rate: block(x, train, rate),
+                x,
+                scan=self.scan,
+                train=train,
+                period=2,  # every other block shifts its windows
+                rates=rates if any(rates) else None,
+            )
             if stage > 0:
                 features.append(layer_norm(f"norm_{stage}", _EPSILON, self.dtype)(x))
             if stage + 1 < len(config.depths):

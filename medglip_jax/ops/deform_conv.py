@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medglip_jax.ops.widening import spread
+
 Array = jax.Array
 
 _FRAME = 2  # rows and columns of zeros around a level: a 2 x 2 read that touches it, or just misses it, stays inside
@@ -91,10 +93,10 @@ def deform_convs(levels: Sequence[Array], groups: Sequence[tuple[Array, Sequence
         patch = jnp.concatenate([index, index + 1, index + next_row, index + next_row + 1], axis=1)
         values = jax.vmap(read)(buffer, patch)
         top_left, top_right, bottom_left, bottom_right = jnp.split(values, 4, axis=1)  # [B, P, C]
-        fy, fx = fraction[..., :1], fraction[..., 1:]
+        fy, fx = spread(fraction[..., :1], top_left.shape), spread(fraction[..., 1:], top_left.shape)
         left = top_left * (1 - fy) + bottom_left * fy
         right = top_right * (1 - fy) + bottom_right * fy
-        value = (left * (1 - fx) + right * fx) * weight[..., None]
+        value = (left * (1 - fx) + right * fx) * spread(weight[..., None], left.shape)
         parts = jnp.split(value, group_ends, axis=1)
         return [total + part @ matrix for total, part, matrix in zip(totals, parts, matrices, strict=True)], None
 

@@ -1,17 +1,22 @@
 """Where activations lie: dimensions have names in the model, and one table says over which mesh axes each is split.
 
 The model calls `constrain` at the few places from which XLA would otherwise choose badly; outside `activations_on` it
-returns its argument, so that the model stays a function of arrays that knows of no mesh.
+returns its argument, so that the model stays a function of arrays that knows of no mesh. So does
+`constrain_parameters`, for parameters that the model stacks.
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from medglip_jax.parallel.rules import Rules, find_placements, path_name
 
 # batch: images. height, width: of a map. pixels: of all levels of the pyramid, one after another. tokens: of the
 # prompt. channels: of a residual stream. heads: of an attention. hidden: inside an MLP.
@@ -27,19 +32,26 @@ WHOLE_PIXELS = ("batch", None, "channels")
 
 ActivationRules = Sequence[tuple[str, Sequence[str]]]
 
-_table: contextvars.ContextVar[tuple[Mesh, list[tuple[str, tuple[str, ...] | None]]] | None] = contextvars.ContextVar(
-    "activation_table", default=None
-)
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    mesh: Mesh
+    table: list[tuple[str, tuple[str, ...] | None]]
+    parameters: Rules | None
+
+
+_layout: contextvars.ContextVar[_Layout | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
-def activations_on(mesh: Mesh | None, rules: ActivationRules) -> Iterator[None]:
-    """Makes `constrain` do something while a function is traced.
+def activations_on(mesh: Mesh | None, rules: ActivationRules, parameters: Rules | None = None) -> Iterator[None]:
+    """Makes `constrain` and `constrain_parameters` do something while a function is traced.
 
     Args:
         mesh: from `make_mesh`; None does nothing.
         rules: `config.activation_rules` of a recipe: (name, mesh axes) for each of `NAMES`. An axis splits one
             dimension of an array: the row that comes first takes it.
+        parameters: sharding rules of parameters, from `resolve_rules`; None leaves stacked parameters to XLA.
 
     Raises:
         ValueError: a name is unknown, missing or given twice, or an axis is not the mesh's.
@@ -62,11 +74,11 @@ def activations_on(mesh: Mesh | None, rules: ActivationRules) -> Iterator[None]:
                     f"config.activation_rules splits {name} over {axis!r}: the mesh has {', '.join(mesh.shape)}"
                 )
         table.append((name, tuple(axis for axis in axes if mesh.shape[axis] > 1) or None))
-    token = _table.set((mesh, table))
+    token = _layout.set(_Layout(mesh, table, parameters))
     try:
         yield
     finally:
-        _table.reset(token)
+        _layout.reset(token)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
@@ -80,15 +92,44 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         The same numbers. A dimension that is no multiple of its axes is not split: XLA would pad it, and from padded
         rows it computes wrong gradients of convolutions with a stride (jax 0.10.2).
     """
-    current = _table.get()
+    current = _layout.get()
     if current is None:
         return x
     if len(names) != x.ndim or any(name is not None and name not in NAMES for name in names):
         raise ValueError(f"constrain: {names} for an array of shape {x.shape}; names are {', '.join(NAMES)}")
-    mesh, table = current
-    spec = nn.logical_to_mesh_axes(names, table) or ()
+    mesh = current.mesh
+    spec = nn.logical_to_mesh_axes(names, current.table) or ()
     fits = []
     for size, entry in zip(x.shape, spec, strict=True):
         axes = (entry,) if isinstance(entry, str) else entry or ()
         fits.append(None if size % math.prod(mesh.shape[axis] for axis in axes) else entry)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
+
+
+def constrain_parameters(tree: Any, path: str, *, stacked: bool = False) -> Any:
+    """Asks XLA to lay parameters, and in the backward pass their gradients, out by the rules of `activations_on`.
+
+    Args:
+        tree: parameters below `path`, or arrays of their shapes.
+        path: "tower_0"; "" for all of a model.
+        stacked: whether each array holds several parameters, along a first dimension that is not split.
+
+    Returns:
+        The same numbers; the tree itself where there is no mesh or no rules.
+    """
+    current = _layout.get()
+    if current is None or current.parameters is None:
+        return tree
+    prefix = f"{path}/" if path else ""
+    shapes = {
+        prefix + path_name(place): jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    placements = find_placements(current.parameters, shapes, current.mesh)
+
+    def place(where: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        spec = placements[prefix + path_name(where)].spec
+        spec = PartitionSpec(None, *spec) if stacked else spec
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(current.mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, tree)

@@ -4,10 +4,11 @@ import dataclasses
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
@@ -17,6 +18,8 @@ Rules = Sequence[tuple[str, Sequence[Any]]]
 AnyMesh = Mesh | AbstractMesh
 
 _LISTED = 8  # parameters that a report names
+# Of Adafactor: means of the squared gradient over the longest dimension, and over the next.
+_MEANS = {"v_row": -1, "v_col": -2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +133,37 @@ def match_rules(rules: Rules, tree: Any, mesh: AnyMesh) -> Any:
     return specs
 
 
+def _inherit(
+    path: Sequence[Any], shape: tuple[int, ...], by_name: Mapping[str, tuple[tuple[int, ...], PartitionSpec]]
+) -> PartitionSpec | None:
+    """Returns the sharding that an array of an optimizer state has from its parameter, if it belongs to one."""
+    for start in range(len(path)):  # the longest suffix first
+        owner, spec = by_name.get(path_name(path[start:]), (None, PartitionSpec()))
+        if owner is None:
+            continue
+        if owner == shape:
+            return spec
+        kind = path_name(path[start - 1 : start]) if start else ""
+        if kind in _MEANS and len(owner) > 1:
+            mean = int(np.argsort(owner)[_MEANS[kind]])  # as optax chooses them
+            if owner[:mean] + owner[mean + 1 :] == shape:
+                entries = [*spec, *(None,) * (len(owner) - len(spec))]
+                return PartitionSpec(*entries[:mean], *entries[mean + 1 :])
+    dimension = getattr(path[-1], "idx", None) if path else None
+    for start in range(len(path) - 1):
+        owner, spec = by_name.get(path_name(path[start:-1]), (None, PartitionSpec()))
+        if owner is not None and dimension is not None and owner[dimension : dimension + 1] == shape:
+            return PartitionSpec(*spec[dimension : dimension + 1])
+    return None
+
+
 def follow_parameters(tree: Any, params: Any, specs: Any) -> Any:
     """Gives each array of an optimizer state the sharding of its parameter.
 
     An array belongs to the parameter whose whole path ends its own path, if their shapes agree (the moments of Adam at
-    "1/mu/neck/kernel" to "neck/kernel"). Scalars are replicated, and so is any other array, with a logged warning.
+    "1/mu/neck/kernel" to "neck/kernel"). An array that lacks one dimension of the parameter (Adafactor's "v_row" and
+    "v_col") is split as the others are, and one that has a single dimension of it (SM3's "1/mu/neck/kernel/0") as that
+    one is. Single numbers are replicated, and so is any other array, with a logged warning.
 
     Args:
         tree: an optimizer state, or its shapes.
@@ -152,14 +181,10 @@ def follow_parameters(tree: Any, params: Any, specs: Any) -> Any:
     strangers: list[str] = []
 
     def spec_of(path: Sequence[Any], leaf: Any) -> PartitionSpec:
-        shape = tuple(leaf.shape)
-        for start in range(len(path)):  # the longest suffix first
-            owner = by_name.get(path_name(path[start:]))
-            if owner is not None and owner[0] == shape:
-                return owner[1]
-        if shape:
-            strangers.append(f"{path_name(path)} {shape}")
-        return PartitionSpec()
+        spec = _inherit(path, tuple(leaf.shape), by_name)
+        if spec is None and math.prod(leaf.shape) > 1:
+            strangers.append(f"{path_name(path)} {tuple(leaf.shape)}")
+        return PartitionSpec() if spec is None else spec
 
     result = jax.tree_util.tree_map_with_path(spec_of, tree)
     _report("these arrays of the optimizer belong to no parameter and are copied to every device", strangers)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from medglip_jax.planning.measurement import Measurement
 from medglip_jax.planning.roofline import Roofline
 
-POLICIES = ("none", "blocks")  # of config.model.remat, from the fastest to the smallest
+# Of config.model.remat, from the fastest to the smallest.
+POLICIES = ("none", ".=dots", ".=dots_no_batch", "blocks")
 MOST_IMAGES = 64  # of a part; larger batches are not tried
 
 

@@ -1,4 +1,4 @@
-"""AdamW with Microsoft GLIP's parameter groups (maskrcnn_benchmark/solver/build.py), and its learning rate."""
+"""The optimizer with Microsoft GLIP's parameter groups (maskrcnn_benchmark/solver/build.py), and its learning rate."""
 
 import logging
 from typing import Any
@@ -9,6 +9,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.parallel.rules import path_name
 from medglip_jax.training.finetuning import check_finetune, scale_by_layer
+from medglip_jax.training.second_moments import scale_by_moments
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +73,16 @@ def decays(path: str) -> bool:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns clipping by global norm, Adam, decoupled weight decay, and the rates of the parameter groups.
+    """Returns clipping by global norm, the kind of optimizer, decoupled weight decay, and the rates of the groups.
 
-    A parameter p with gradient g moves by -rate(step) * multiplier(p) * (adam(g) + decay * p).
+    A parameter p with gradient g moves by -rate(step) * multiplier(p) * (kind(g) + decay * p), where kind is Adam,
+    Adafactor with a given rate (its updates are clipped, not scaled by the parameter), or SM3.
 
     Args:
         config: a recipe; reads `optimizer`, `schedule`, and `finetune.layer_decay` with `model`.
 
     Raises:
-        ValueError: see `make_schedule` and `check_finetune`.
+        ValueError: see `make_schedule`, `check_finetune` and `scale_by_moments`.
     """
     settings = config.optimizer
     check_finetune(config.finetune)
@@ -98,7 +100,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
-        optax.scale_by_adam(settings.b1, settings.b2, settings.eps),
+        scale_by_moments(settings),
         optax.add_decayed_weights(settings.weight_decay, mask=decay_mask),
         optax.stateless(scale_groups),
         optax.scale_by_learning_rate(make_schedule(config)),

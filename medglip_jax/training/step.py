@@ -10,12 +10,14 @@ from flax.linen import Module
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from medglip_jax.detection.losses import detection_losses
+from medglip_jax.detection.losses import Normalizers, count_normalizers, detection_losses, match_anchors
 from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.activations import activations_on
+from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import path_name
+from medglip_jax.training.accumulation import accumulate_gradients, split_batch
 from medglip_jax.training.finetuning import join, split_trained
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
@@ -60,7 +62,8 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule` and `activation_rules`.
+        config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule`, `training.accumulation`, `sharding`,
+            `sharding_rules` and `activation_rules`.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
@@ -70,29 +73,46 @@ def make_train_step(
         loss_centerness, num_positives, grad_norm (before clipping, of what trains), learning_rate; and finite, bool:
         whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
         `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
+
+        With `training.accumulation` the batch is taken in that many micro-batches. Loss and gradient are those of the
+        whole batch up to rounding (DropBlock's share of kept pixels alone is counted in each micro-batch): what the
+        losses are divided by depends on the boxes, not on the parameters, and is counted over the whole batch before.
     """
-    schedule, ema = make_schedule(config), config.optimizer.ema
+    schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
+    accumulation = config.training.accumulation
+
+    def loss_of(
+        trained: Any,
+        fixed: Any,
+        batch: Mapping[str, jax.Array],
+        dropout: jax.Array,
+        normalizers: Normalizers | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        outputs = apply_model(
+            model,
+            merge_adapters(join(fixed, trained), config.finetune.lora_alpha),
+            normalize_pixels(batch["image"], batch["image_size"]),
+            batch["input_ids"],
+            batch["attention_mask"],
+            train=True,
+            rngs={"dropout": dropout},
+        )
+        losses = detection_losses(outputs, batch, config.detection, normalizers)
+        return losses["loss"], losses
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        pixels = normalize_pixels(batch["image"], batch["image_size"])
         dropout = jax.random.fold_in(state.rng, state.step)
         trained, fixed = split_trained(state.params, config.finetune)
-
-        def loss_of(trained: Any) -> tuple[jax.Array, Metrics]:
-            with activations_on(mesh, config.activation_rules):
-                outputs = apply_model(
-                    model,
-                    merge_adapters(join(fixed, trained), config.finetune.lora_alpha),
-                    pixels,
-                    batch["input_ids"],
-                    batch["attention_mask"],
-                    train=True,
-                    rngs={"dropout": dropout},
+        with activations_on(mesh, config.activation_rules, rules):
+            if accumulation == 1:
+                grads, losses = jax.grad(loss_of, has_aux=True)(trained, fixed, batch, dropout)
+            else:
+                dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
+                whole = count_normalizers(match_anchors(batch, config.detection, dtype))
+                rows = split_batch(batch, accumulation, mesh)
+                grads, losses = accumulate_gradients(
+                    lambda trained, part, key: loss_of(trained, fixed, part, key, whole), trained, rows, dropout
                 )
-            losses = detection_losses(outputs, batch, config.detection)
-            return losses["loss"], losses
-
-        grads, losses = jax.grad(loss_of, has_aux=True)(trained)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
 

@@ -84,7 +84,7 @@ def rewrite(folder, change):
 
 def our_features(config, params, image):
     pixels = normalize_pixels(jnp.asarray(image), jnp.asarray([image.shape[1:3]]))
-    module = Swin(config.model.swin, jnp.dtype(jnp.float32), False)
+    module = Swin(config.model.swin, jnp.dtype(jnp.float32))
     return jax.jit(lambda params: module.apply({"params": params}, pixels, False))(params)
 
 
@@ -194,7 +194,7 @@ def test_missing_weights_of_the_encoder_are_refused(recipe, swin_backbone, tmp_p
 
 
 def run_bert(config, params, ids, mask):
-    module = Bert(config.model.bert, jnp.dtype(jnp.float32), False)
+    module = Bert(config.model.bert, jnp.dtype(jnp.float32))
     return module.apply({"params": params}, jnp.asarray(ids), jnp.asarray(mask, bool), False)
 
 

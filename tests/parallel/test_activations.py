@@ -97,7 +97,7 @@ def test_split_rows_change_no_gradient(tiny_config, part):
     config = tiny_config.copy_and_resolve_references().model
     config.swin.depths, config.swin.drop_path, config.swin.window = (1, 2, 1, 1), 0.0, 2
     if part == "backbone":  # with a shifted window
-        shapes, module = [(4, 32, 32, 3)], Swin(config.swin, jnp.float32, False)
+        shapes, module = [(4, 32, 32, 3)], Swin(config.swin, jnp.float32)
     else:
         shapes, module = [(4, 8 >> i, 8 >> i, 16 << i) for i in range(3)], FPN(config.fpn, jnp.float32)
     inputs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -120,7 +120,7 @@ def test_split_rows_change_no_gradient(tiny_config, part):
 def test_no_device_sees_the_text_of_all_images_on_fsdp(tiny_config):
     config = tiny_config.model.bert
     mesh = make_mesh({"data": 2, "fsdp": 4})
-    module, ids = Bert(config, jnp.float32, False), jnp.ones((8, 32), jnp.int32)
+    module, ids = Bert(config, jnp.float32), jnp.ones((8, 32), jnp.int32)
     params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids, ids > 0, False))["params"]
     placed = shardings(match_rules(PRESETS["fsdp"], {"language": params}, mesh), mesh)["language"]
 
