@@ -11,7 +11,7 @@ from configs.medglip_t import get_config
 from medglip_jax.model.bert import Bert
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.swin import Swin
-from medglip_jax.parallel.activations import MAP, NAMES, TEXT, activations_on, constrain
+from medglip_jax.parallel.activations import MAP, NAMES, TEXT, activations_on, constrain, constrain_parameters
 from medglip_jax.parallel.mesh import batch_sharding, make_mesh
 from medglip_jax.parallel.presets import PRESETS
 from medglip_jax.parallel.rules import match_rules, shardings
@@ -44,6 +44,21 @@ def test_table_decides_where_a_dimension_lies():
     assert layout_of((4, 6, 2, 3), ("batch", "tokens", "heads", None), mesh) == ("data", None, "tensor", None)
     other = tuple((name, ("tensor",) if name == "tokens" else axes) for name, axes in RULES)
     assert layout_of((4, 6, 3), TEXT, mesh, other) == ("data", "tensor", None)
+
+
+def test_stacked_parameters_lie_as_each_of_them_does():
+    def place(tree, rules, stacked):
+        with activations_on(make_mesh({"fsdp": 4, "tensor": 2}), RULES, rules):
+            return constrain_parameters(tree, "tower_0", stacked=stacked)
+
+    def spec(shape, stacked):
+        tree = {"text": {"query": {"kernel": jnp.zeros(shape)}}}
+        (equation,) = jax.make_jaxpr(lambda tree: place(tree, PRESETS["fsdp_tp"], stacked))(tree).eqns
+        return tuple(equation.params["sharding"].spec)
+
+    assert spec((3, 8, 8), True) == (None, "fsdp", "tensor") and spec((8, 8), False) == ("fsdp", "tensor")
+    tree = {"no_rule": jnp.zeros(3)}
+    assert place(tree, None, True) is tree and constrain_parameters(tree, "tower_0") is tree
 
 
 def test_what_does_not_divide_is_not_split():
