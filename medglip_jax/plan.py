@@ -135,6 +135,8 @@ def describe(name: str, measurement: Measurement, bound: Roofline | None, topolo
             f"  {label:24} step >= {seconds * 1e3:.1f} ms, MFU <= {bound.mfu(seconds):.1%}, "
             f"images/s <= {bound.images / seconds:.1f}"
         )
+    for place, size, _ in m.traffic:
+        lines.append(f"  of HBM {size / m.hbm_bytes:5.1%}  {size / 1e9:.2f} GB in {place or 'what the compiler adds'}")
     if m.iterations > _MANY_RUNS:
         place, runs, cycles = m.loops[0]
         share = f", {cycles / m.cycles:.0%} of the cycles that the compiler expects" if m.cycles else ""

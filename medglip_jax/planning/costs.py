@@ -88,6 +88,7 @@ class Cost:
         bytes: read from and written to the main memory.
         cycles: what the compiler for TPUs expects each kernel to take, as it notes beside it (`estimated_cycles`).
         collectives, loops: each with how often it runs.
+        places: where its kernels come from (`op_name`), each with its bytes and cycles.
     """
 
     flops: float = 0
@@ -95,6 +96,7 @@ class Cost:
     cycles: float = 0
     collectives: tuple[tuple[Collective, int], ...] = ()
     loops: tuple[tuple[Loop, int], ...] = ()
+    places: tuple[tuple[str, float, float], ...] = ()
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(
@@ -103,6 +105,7 @@ class Cost:
             self.cycles + other.cycles,
             self.collectives + other.collectives,
             self.loops + other.loops,
+            self.places + other.places,
         )
 
     def times(self, count: int) -> "Cost":
@@ -113,12 +116,26 @@ class Cost:
             self.cycles * count,
             tuple((collective, runs * count) for collective, runs in self.collectives),
             tuple((loop, runs * count) for loop, runs in self.loops),
+            tuple((place, size * count, cycles * count) for place, size, cycles in self.places),
         )
 
     @property
     def iterations(self) -> int:
         """Runs of all loop bodies, one after another."""
         return sum((loop.trips or 1) * runs for loop, runs in self.loops)
+
+    def by_module(self) -> dict[str, tuple[float, float]]:
+        """Returns bytes and cycles of each module, the largest bytes first; the blocks of a stack are one module.
+
+        A module is the path of a kernel without the function that is jitted and without the operation itself;
+        "transpose(jvp(...))" in it is the backward pass. What the compiler adds has the name "".
+        """
+        found: dict[str, tuple[float, float]] = {}
+        for place, size, cycles in self.places:
+            name = re.sub(r"\d+", "*", place.removeprefix("jit(train_step)/").rpartition("/")[0])
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + size, before[1] + cycles)
+        return dict(sorted(found.items(), key=lambda x: -x[1][0]))
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Returns the bytes of each kind of collective, the largest first; those between slices end in " (dcn)"."""
@@ -264,6 +281,7 @@ class CostModel:
                 sum(x.cycles for x in parts),
                 tuple(y for x in parts for y in x.collectives),
                 tuple(y for x in parts for y in x.loops),
+                tuple(y for x in parts for y in x.places),
             )
         return self._done[name]
 
@@ -284,7 +302,9 @@ class CostModel:
         inside = self._inside(computation, instruction)
         noted = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         cycles = int(noted.group(1)) if noted else 0
-        return inside + Cost(bytes=self._traffic(computation, instruction), cycles=cycles)
+        size = self._traffic(computation, instruction)
+        places = ((instruction.op_name, float(size), float(cycles)),) if size or cycles else ()
+        return inside + Cost(bytes=size, cycles=cycles, places=places)
 
     def _inside(self, computation: Computation, instruction: Instruction) -> Cost:
         """Returns FLOPs and collectives of an instruction and, if it is a fusion, of those in it."""

@@ -21,6 +21,7 @@ _TOO_LARGE = (
 )
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LISTED = 4  # loops that are named
+_LISTED_MODULES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Measurement:
         collectives: bytes of each kind.
         sent_ici, sent_dcn: bytes that a device sends inside its slice and between slices.
         loops: the longest: (where, runs of the body, cycles).
+        traffic: the modules with the most bytes to and from HBM: (module, bytes, cycles).
         unknown_loops: how many were counted as running once.
         compile_s: seconds that the compiler took.
     """
@@ -52,6 +54,7 @@ class Measurement:
     sent_ici: float = 0
     sent_dcn: float = 0
     loops: Sequence[Sequence[Any]] = ()
+    traffic: Sequence[Sequence[Any]] = ()
     unknown_loops: int = 0
     compile_s: float = 0
 
@@ -152,6 +155,7 @@ def measure(lowered: Any, chip: Chip, num_devices: int, effort: float = 0.0) -> 
         sent_ici=cost.sent("ici"),
         sent_dcn=cost.sent("dcn"),
         loops=_longest(cost.loops),
+        traffic=[[name, *counts] for name, counts in cost.by_module().items()][:_LISTED_MODULES],
         unknown_loops=sum(loop.trips is None for loop, _ in cost.loops),
         compile_s=round(seconds, 1),
     )

@@ -132,6 +132,29 @@ def test_cycles_that_the_compiler_notes_count_in_loops():
     assert (loop.op_name, loop.trips, loop.cycles, runs) == ("here", 7, 700, 1)
 
 
+def test_bytes_are_told_by_module_with_the_blocks_of_a_stack_together():
+    def negate(number, place):
+        return f'  %x{number} = f32[8] negate(%a), metadata={{op_name="jit(train_step)/{place}"}}'
+
+    lines = [
+        "  %a = f32[8] parameter(0)",
+        negate(0, "jvp(GLIP)/tower_0/dyconv/mul"),
+        negate(1, "jvp(GLIP)/tower_11/dyconv/add"),
+        negate(2, "transpose(jvp(GLIP))/tower_0/dyconv/mul"),
+        "  %c = f32[8] negate(%x0)",
+        "  ROOT %out = (f32[8], f32[8], f32[8]) tuple(%x1, %x2, %c)",
+    ]
+    cost = cost_of_text("\n".join(lines))
+    both = 2 * 4 * 8  # read and written
+    assert {name: size for name, (size, _) in cost.by_module().items()} == {
+        "jvp(GLIP)/tower_*/dyconv": 2 * both,
+        "transpose(jvp(GLIP))/tower_*/dyconv": both,
+        "": both,
+    }
+    assert sum(size for size, _ in cost.by_module().values()) == cost.bytes
+    assert sum(size for size, _ in cost.times(3).by_module().values()) == 3 * cost.bytes
+
+
 def test_a_conditional_costs_its_dearest_branch():
     matrix = jnp.ones((8, 8))
 

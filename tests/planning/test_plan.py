@@ -52,6 +52,9 @@ def test_a_plan_tells_memory_flops_and_collectives(planned):
     assert "all-reduce (dcn)" in results["collectives"] and "all-reduce" in results["collectives"]
     assert results["unknown_loops"] == 0
     assert "images/s <=" in printed and "fits" in printed
+    # The deformable convolutions read nine pixels for each one.
+    assert any("dyconv" in name for name, _, _ in results["traffic"])
+    assert 0.2 < sum(size for _, size, _ in results["traffic"]) / results["hbm_bytes"] <= 1
 
 
 def test_the_compiled_step_does_the_flops_of_the_model(planned):
