@@ -233,6 +233,8 @@ def _train(
         def end_early(step: int) -> NoReturn:
             """Saves, if that step is not saved yet, and ends the run as it was asked to."""
             watchdog.beat(f"saving step {step}")
+            pending.settle()  # a step that is not finite is not saved
+            status.step = step
             if step > start:
                 checkpoints.save(step, state, loader)
             checkpoints.close()
@@ -276,6 +278,7 @@ def _train(
             if stops:
                 end_early(step)
             if evaluates and step < total:
+                status.step = step
                 try:
                     results = evaluate(state)
                 except _StopInEvaluation:
