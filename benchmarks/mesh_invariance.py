@@ -133,7 +133,9 @@ def run_steps(config: ConfigDict, steps: int, *, devices: Sequence[Any] | None =
         for _ in range(steps):
             batch = {name: _to_double(value) if double else value for name, value in next(loader).items()}
             state, metrics = step(state, to_global(batch, mesh))
-            history.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+            assert metrics["finite"]
+            scalars = {name: x for name, x in jax.device_get(metrics).items() if name not in ("finite", "nonfinite")}
+            history.append({name: float(x) for name, x in scalars.items()})
     finally:
         loader.close()
     everywhere = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P()), state.params)
