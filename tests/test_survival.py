@@ -13,12 +13,14 @@ import pytest
 from benchmarks.chaos import TrainingProcesses, is_saving, losses
 from data_pipelines.build import build
 from data_pipelines.sources.phantoms import Phantoms
+from medglip_jax import pretrained
 from medglip_jax import train as train_module
 from medglip_jax.configuration import save_config
 from medglip_jax.errors import Preempted
 from medglip_jax.train import train
 from medglip_jax.training.checkpoint import Checkpoints, load_params
 from medglip_jax.training.nonfinite import NonFiniteLoss
+from tests.training.slim import Slim
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,10 @@ def members(group):
 
 
 @pytest.fixture
-def short(recipe):
+def short(recipe, monkeypatch):
+    """A run of a stand-in model: what follows is about the steps, not about what they compute."""
+    for module in (train_module, pretrained):
+        monkeypatch.setattr(module, "GLIP", lambda config: Slim())
     config = recipe.copy_and_resolve_references()
     config.schedule.steps = 6
     return config

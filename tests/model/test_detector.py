@@ -79,19 +79,17 @@ def loss_and_gradient(tiny_config, params, inputs):
     return compute
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rematerialisation_changes_no_gradient(loss_and_gradient, dtype):
-    gradients = (jax.tree.leaves(loss_and_gradient(dtype, remat)[1]) for remat in ("none", "blocks"))
+def test_rematerialisation_changes_no_gradient(loss_and_gradient):
+    gradients = (jax.tree.leaves(loss_and_gradient("float32", remat)[1]) for remat in ("none", "blocks"))
     for plain, remat in zip(*gradients, strict=True):
-        assert plain.dtype == jnp.float32
-        tolerance = 1e-5 if dtype == "float32" else 5e-2
-        np.testing.assert_allclose(plain, remat, atol=tolerance * (1 + np.abs(plain).max()))
+        np.testing.assert_allclose(plain, remat, atol=1e-5 * (1 + np.abs(plain).max()))
 
 
 def test_bfloat16_is_near_float32(loss_and_gradient):
     """Its eight bits are 0.4 %: the loss is within 1 % and the gradient, as a vector, within 10 %."""
     (exact, expected), (value, found) = (loss_and_gradient(dtype, "none") for dtype in ("float32", "bfloat16"))
     assert float(value) == pytest.approx(float(exact), rel=0.01)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(found))
     difference = optax.global_norm(jax.tree.map(jnp.subtract, found, expected))
     assert float(difference) < 0.1 * float(optax.global_norm(expected))
 
