@@ -224,6 +224,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/mesh_invariance.json")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to run")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "float64"], choices=["float32", "float64"])
     parser.add_argument("--worker", metavar="CONFIG", help=argparse.SUPPRESS)
     options, overrides = parser.parse_known_args()
     if options.worker:
@@ -239,7 +240,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         records = pathlib.Path(folder) / "records"
         build(Phantoms(IMAGES, size=64, seed=3), records, name="phantoms", progress=False)
-        for dtype in ("float32", "float64"):
+        for dtype in options.dtypes:
             config = recipe(records)
             config.model.dtype = dtype
             file = pathlib.Path(folder) / f"{dtype}.json"
