@@ -41,7 +41,7 @@ from medglip_jax.training.step import make_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 IMAGES = 40
-_PATIENCE = 240  # seconds that a run may take
+_PATIENCE = 900  # seconds that a run may take
 PARAMETERS = "parameters"  # of a result: file of all parameters after the last step
 
 Metrics = list[dict[str, float]]
@@ -160,6 +160,8 @@ def start_processes(config_file: pathlib.Path, setting: Setting, steps: int, out
     command = [sys.executable, "-m", "benchmarks.mesh_invariance", "--worker", str(config_file), "--steps", str(steps)]
     command += ["--output", str(output), *overrides, f"--config.sharding={setting.preset}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+    # Not to wait for the compiler.
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
     # Threads of the runtime, by default as many as cores: devices of two processes wait for each other in collectives,
     # for ever where a waiting device holds the thread that the other one needs.
     environment["PJRT_NPROC"] = "16"
