@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import platform
 import random
 import socket
 import subprocess
@@ -26,7 +25,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.mesh_invariance import recipe
+from benchmarks.mesh_invariance import cpu_name, recipe
 from data_pipelines.build import build
 from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.configuration import save_config
@@ -240,7 +239,7 @@ def main() -> int:
     results: dict[str, Any] = {
         "steps": STEPS,
         "saved_every": SAVED_EVERY,
-        "machine": {"platform": platform.platform(), "cores": os.cpu_count(), "jax": jax.__version__},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "jax": jax.__version__},
     }
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -236,7 +236,12 @@ def main() -> int:
     chosen = SETTINGS if options.only is None else [SETTINGS[i] for i in options.only]
     results: dict[str, Any] = {
         "steps": options.steps,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "jax": jax.__version__},
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "backend_optimization_level": 0,
+        },
         "settings": {},
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -273,7 +278,8 @@ def main() -> int:
     return 0
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """Returns the name of this machine's processor, as it tells it."""
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
