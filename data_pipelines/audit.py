@@ -41,6 +41,7 @@ from data_pipelines.audit_pixels import (
     to_grey,
 )
 from data_pipelines.audit_privacy import mask_private
+from data_pipelines.codec import import_codec
 from data_pipelines.records import Records, RecordsError, find_shards, open_source, parse_example, read_metadata
 from data_pipelines.schema import GroundingExample
 from data_pipelines.splits import ZERO_SHOT
@@ -177,6 +178,7 @@ def audit(
     chosen, written = _Samples(samples), {}
     threads = workers or min(os.cpu_count() or 1, 8)
     console = Console(stderr=True)
+    import_codec()
     with (
         concurrent.futures.ThreadPoolExecutor(threads) as pool,
         Progress(console=console, disable=not progress, transient=True) as bar,

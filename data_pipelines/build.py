@@ -114,6 +114,17 @@ def summarize(built: Built) -> str:
     return "\n".join(lines)
 
 
+def _join_beam(arguments: Sequence[str]) -> list[str]:
+    """Writes `--beam VALUE` as `--beam=VALUE`: argparse takes a value that begins with dashes for another option."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--beam":
+            joined[-1] = f"--beam={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="medglip data build",
@@ -152,7 +163,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     several = parser.add_argument_group("several data sets")
     several.add_argument("--recipe", metavar="FILE", help="YAML file of the corpus, instead of the options above")
     several.add_argument("--root", help="folder that its inputs are relative to; default: the recipe's own")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_join_beam(sys.argv[1:] if arguments is None else arguments))
     if (options.source is None) == (options.recipe is None):
         parser.error("give --source for one data set, or --recipe for several")
     if options.source and (options.input is None) != (options.source == PHANTOMS):

@@ -40,6 +40,14 @@ def _example_class() -> Any:
     return tf_example_generated_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def import_codec() -> None:
+    """Imports what the first record needs, for callers that have other threads by then, such as a progress bar's.
+
+    TensorFlow Datasets replaces Python's import for as long as its own takes, and others then fail: relative ones.
+    """
+    _example_class()
+
+
 def encode_example(example: GroundingExample) -> bytes:
     """Serialises an example as tf.train.Example with the features of `tfds_metadata.make_features`.
 

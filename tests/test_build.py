@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines import build as build_module
 from data_pipelines.build import build, main
-from data_pipelines.building import staging
+from data_pipelines.building import running, staging
 from data_pipelines.curate import SourceError
 from data_pipelines.records import FORMATS, RecordsError, find_shards, read_examples, read_metadata
 from data_pipelines.sources import detect_source
@@ -137,6 +138,19 @@ def test_something_else_is_never_overwritten(smears, tmp_path, capsys):
     assert run(smears, smears, "--overwrite") == 1
     assert "holds something else" in capsys.readouterr().err
     assert (smears / "JPEGImages" / "0.jpg").exists()
+
+
+def test_beam_takes_options_as_a_shell_passes_them(smears, tmp_path, monkeypatch):
+    asked = []
+
+    def make_runner(workers, beam):
+        asked.append(beam)
+        return running.run_here
+
+    monkeypatch.setattr(build_module, "make_runner", make_runner)
+    assert run(smears, tmp_path / "one", "--beam", "--runner=DirectRunner") == 0
+    assert run(smears, tmp_path / "two", "--beam", "--runner=FlinkRunner --parallelism=2", "--num-shards", "1") == 0
+    assert asked == [["--runner=DirectRunner"], ["--runner=FlinkRunner", "--parallelism=2"]]
 
 
 @pytest.mark.parametrize("source", ["auto", "voc", "coco", "masks"])

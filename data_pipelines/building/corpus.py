@@ -20,7 +20,7 @@ from data_pipelines.building.recipe import PHANTOMS, DataSet, Recipe, RecipeErro
 from data_pipelines.building.running import Runner, run_here
 from data_pipelines.building.sharding import ShardTask, make_tasks, split_shards, write_shard
 from data_pipelines.building.staging import Staging, check_output, digest_plan
-from data_pipelines.codec import parse_example
+from data_pipelines.codec import import_codec, parse_example
 from data_pipelines.conflicts import ConflictReport, merge
 from data_pipelines.curate import SALT_VARIABLE, SourceError, digest_text, find_modality, find_salt
 from data_pipelines.images import Previews
@@ -200,10 +200,13 @@ class _Build:
         self._progress = Progress(console=Console(stderr=True), disable=not progress)
 
     def run(self) -> Built:
-        with self._progress, self._staging:
-            rows = self._read()
-            splits = self._decide(rows)
-            metadata = self._finish(splits, self._write(splits))
+        import_codec()
+        with self._staging:
+            with self._progress:
+                rows = self._read()
+                splits = self._decide(rows)
+                written = self._write(splits)
+            metadata = self._finish(splits, written)
         return Built(
             metadata,
             dict(self._skipped),
