@@ -67,7 +67,7 @@ def get_config() -> ConfigDict:
     # (keep nothing), dots (keep matrix products), dots_no_batch (those of layers, not of attention), none
     config.model.remat = "none"
     # Run blocks of equal shape (tower, text layers, pairs of Swin blocks) as loops, which compile a block once. Takes
-    # the memory of a second copy of their parameters and gradients; ours
+    # the memory of a second copy of their parameters and gradients; on TPUs see docs/pods.md ("Planning a pod"); ours
     config.model.scan = False
     config.model.swin = ConfigDict()
     config.model.swin.embed_dim = 96  # channels of stage 1

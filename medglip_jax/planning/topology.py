@@ -21,6 +21,10 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
+# Bytes. With its own, libtpu 0.0.42 overflows the stack of a thread where it estimates the cost of fused convolutions
+# inside a loop, as those of the tower with config.model.scan, and crashes.
+_STACKS = ("fibers_default_thread_stack_size", 4 << 20)
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
@@ -91,6 +95,9 @@ def devices_of(topology: Topology) -> list[Any]:
         raise ValueError("planning needs libtpu, which compiles for TPUs on any machine: pip install -e '.[tpu]'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    arguments, (name, size) = os.environ.get("LIBTPU_INIT_ARGS", ""), _STACKS
+    if name not in arguments:
+        os.environ["LIBTPU_INIT_ARGS"] = f"{arguments} --{name}={size}".strip()
     jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = dict(topology.chip.options)
     options["chips_per_host_bounds"] = list(topology.host)

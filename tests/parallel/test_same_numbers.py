@@ -73,12 +73,10 @@ def alone(config, inputs):
 @pytest.mark.parametrize(
     ("preset", "sizes"),
     [
-        ("ddp", {"data": 4, "sequence": 2}),
-        ("fsdp", {"data": 2, "fsdp": 4}),
         ("hsdp", {"replica": 2, "fsdp": 4}),
         ("fsdp_tp", {"fsdp": 2, "sequence": 2, "tensor": 2}),
     ],
-    ids=["ddp", "fsdp", "hsdp", "fsdp_tp"],
+    ids=["hsdp", "fsdp_tp"],
 )
 def test_a_preset_changes_no_number(config, inputs, alone, preset, sizes):
     loss, gradients = loss_and_gradients(config, inputs, PRESETS[preset], sizes)
