@@ -199,7 +199,14 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_limit(short, tmp_path, 
 
 def test_one_more_than_the_limit_ends_the_run(short, tmp_path, poisoned):
     short.training.max_nonfinite = 1
-    poisoned(2, 3)
-    with pytest.raises(NonFiniteLoss, match=r"after 2 steps .*1 such steps were skipped"):
+    images = poisoned(2, 3)
+    with pytest.raises(NonFiniteLoss, match=r"after 2 steps .*1 such steps were skipped") as error:
         train(short, tmp_path)
+    assert list(error.value.image_ids) == images[2]
     assert status_of(tmp_path) == "failed"
+
+
+def test_without_a_limit_the_first_one_ends_the_run(short, tmp_path, poisoned):
+    poisoned(1)
+    with pytest.raises(NonFiniteLoss, match="after 0 steps"):
+        train(short, tmp_path)
