@@ -202,4 +202,5 @@ def get_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
+    config.evaluation.modality_prefix = False  # evaluate and predict with prompts that begin with the modality ("CT: ")
     return config

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from data_pipelines.schema import MODALITIES
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
-from medglip_jax.model.modality import MODALITY, add_modalities, classify, modality_table
+from medglip_jax.model.modality import add_modalities, classify, modality_table
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
 from medglip_jax.parallel.activations import activations_on

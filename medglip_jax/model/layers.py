@@ -90,9 +90,7 @@ class Dense(nn.Dense):
         return rows.reshape(*inputs.shape[:-1], self.features).astype(self.dtype)
 
 
-def multiply_by_group(
-    rows: Array, kernel: Array, bias: Array | None, own: Mapping[str, Array], dtype: Any
-) -> Array:
+def multiply_by_group(rows: Array, kernel: Array, bias: Array | None, own: Mapping[str, Array], dtype: Any) -> Array:
     """Computes a dense layer whose groups of rows may have parameters of their own.
 
     Args:
@@ -129,7 +127,6 @@ class Conv(nn.Conv):
             return self._multiply_patches(inputs, own)
         return super().__call__(inputs).astype(self.dtype)
 
-
     def _multiply_patches(self, inputs: Array, own: Mapping[str, Array]) -> Array:
         shared = self.variables["params"]
         kernel = shared["kernel"]  # [h, w, K, N]
@@ -137,9 +134,7 @@ class Conv(nn.Conv):
         h, w = kernel.shape[:2]
         patches = inputs.reshape(b, height // h, h, width // w, w, channels).transpose(0, 1, 3, 2, 4, 5)
         patches = patches.reshape(b, -1, h * w * channels)  # [B, patches, h w K]
-        matrices = {
-            name: x.reshape(len(x), -1, x.shape[-1]) if name == "kernel" else x for name, x in own.items()
-        }
+        matrices = {name: x.reshape(len(x), -1, x.shape[-1]) if name == "kernel" else x for name, x in own.items()}
         flat = kernel.reshape(-1, kernel.shape[-1])
         y = multiply_by_group(by_group(patches, own), flat, shared.get("bias"), matrices, self.dtype)
         return y.reshape(b, height // h, width // w, -1)

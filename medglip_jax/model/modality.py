@@ -15,7 +15,6 @@ modality is unknown or has none of its own. 1 to E are the names in their order.
 import functools
 import re
 import zlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -72,8 +71,8 @@ def modality_names(settings: Config) -> list[str]:
         raise ValueError(f"{where}.image_parts is {settings.image_parts!r}: encoder has all other parts in it")
     if ("lora" in parts) != (settings.lora_rank > 0):
         raise ValueError(
-            f"{where}.lora_rank is {settings.lora_rank} and image_parts {settings.image_parts!r}: the part lora needs a "
-            "rank of at least 1, and nothing else has one"
+            f"{where}.lora_rank is {settings.lora_rank} and image_parts {settings.image_parts!r}: the part lora needs "
+            "a rank of at least 1, and nothing else has one"
         )
     if settings.group < 1 or not 0 <= settings.dropout < 1:
         raise ValueError(
@@ -257,7 +256,9 @@ def merge_modality(params: Any, model: Config, name: str) -> Any:
     merged = traverse_util.unflatten_dict(flat, sep="/")
     if not adapters:
         return merged
-    return merge_adapters({**merged, "lora": traverse_util.unflatten_dict(adapters, sep="/")}, model.modality.lora_alpha)
+    return merge_adapters(
+        {**merged, "lora": traverse_util.unflatten_dict(adapters, sep="/")}, model.modality.lora_alpha
+    )
 
 
 @functools.cache

@@ -83,7 +83,8 @@ def report_modalities(config: Any) -> None:
     if not names:
         return
     numbers = sum(
-        np.bincount(read_index(split).modality, minlength=len(MODALITIES)) for split in find_all_shards(config.data.train)
+        np.bincount(read_index(split).modality, minlength=len(MODALITIES))
+        for split in find_all_shards(config.data.train)
     )
     counts = dict(zip(MODALITIES, np.asarray(numbers).tolist(), strict=True))
     shared = {name: count for name, count in counts.items() if count and not table[MODALITIES.index(name)]}
@@ -91,7 +92,9 @@ def report_modalities(config: Any) -> None:
         told = ", ".join(f"{count} {name}" for name, count in shared.items())
         logger.warning(
             "%d of %d training images take the shared parts, as config.model.modality.names has no place for them: %s",
-            sum(shared.values()), sum(counts.values()), told,
+            sum(shared.values()),
+            sum(counts.values()),
+            told,
         )
     elif not config.model.modality.dropout:
         logger.warning(
