@@ -94,6 +94,18 @@ def get_config() -> ConfigDict:
     config.model.tower.fusion_dropout = 0.1  # dropout on its attention weights
     config.model.tower.norm_groups = 16  # groups of the GroupNorm in dynamic convolutions
     config.model.tower.legacy_offsets = True  # read mismatched offset maps as released weights do (microsoft/GLIP#62)
+    config.model.modality = ConfigDict()  # parts of the model that belong to a modality; see docs/modalities.md; ours
+    config.model.modality.names = ""  # modalities with parts of their own, "ct,mri"; "" is a plain GLIP
+    config.model.modality.embedding = False  # a learned vector is added to the image features, and one to the text's
+    # Parts of the backbone that each of them has of its own, by commas: patch_embed, norms (with all biases), lora
+    # (adapters on attention), stage_0 to stage_3, encoder (all of it); "" shares everything
+    config.model.modality.image_parts = ""
+    config.model.modality.lora_rank = 0  # inner width of these adapters; at least 1 with the part lora
+    config.model.modality.lora_alpha = 16.0  # an adapter adds lora_alpha / lora_rank * A B to its kernel
+    config.model.modality.group = 1  # images that share a look-up of own stages; 1 computes nothing in vain
+    config.model.modality.dropout = 0.0  # share of training images that take the shared parts, whatever they show
+    config.model.modality.classifier = False  # a head that tells the modality of an image whose file does not
+    config.model.modality.classifier_weight = 0.1  # of its loss
     config.model.prior_probability = 0.01  # initial token probability, bias0 = -log((1 - p) / p)
 
     config.detection = ConfigDict()
@@ -190,4 +202,5 @@ def get_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
+    config.evaluation.modality_prefix = False  # evaluate and predict with prompts that begin with the modality ("CT: ")
     return config

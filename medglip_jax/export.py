@@ -1,11 +1,14 @@
 """Export: a checkpoint as files that PyTorch reads.
 
-    python -m medglip_jax.export --checkpoint DIR --output DIR [--format huggingface|mmdet|glip] [--onnx]
+    python -m medglip_jax.export --checkpoint DIR --output DIR [--format huggingface|mmdet|glip] [--onnx] [--modality M]
 
 huggingface, the default, is a folder for AutoModel.from_pretrained(DIR, trust_remote_code=True), and for every command
 here that takes a --checkpoint (see `interop.folder`); its model.safetensors has mmdetection's GLIP names. mmdet is what
 mmdetection itself loads: model.pth, glip_config.py and bert/. glip is model.pth in the names of Microsoft's GLIP, with
 glip_config.yaml. With --verify the result is run beside the checkpoint and compared.
+
+PyTorch has no model of modalities: of a checkpoint with parts of their own (`config.model.modality`), --modality names
+the one whose plain model is written, or "shared".
 """
 
 import argparse
@@ -21,6 +24,8 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from configs.medglip_t import get_config as base_recipe
+from data_pipelines.schema import MODALITIES
 from data_pipelines.sources.phantoms import KINDS, phantom
 from data_pipelines.text import TextTokenizer, split_phrases
 from medglip_jax.errors import reports_errors
@@ -37,6 +42,7 @@ from medglip_jax.interop.folder import (
 from medglip_jax.interop.onnx import ONNX_FILE, OnnxModel, write_onnx
 from medglip_jax.interop.reading import read_state_dict
 from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin, require_torch
+from medglip_jax.model.modality import merge_modality
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.predict import MedGLIP
 from medglip_jax.pretrained import load_arrays, tokenizer_of
@@ -45,6 +51,7 @@ from medglip_jax.train import EVALUATION_FILE
 __all__ = ["export", "read_export"]
 
 FORMATS = ("huggingface", "mmdet", "glip")
+SHARED = "shared"  # the parts of images whose modality has none of its own
 _VERIFY_SIZE = 256  # pixels of the phantoms to compare on
 
 _WRITERS = {"mmdet": pickles.write_mmdet, "glip": pickles.write_glip}
@@ -87,6 +94,7 @@ def verify(
     images: Sequence[str] = (),
     phrases: str = "",
     use_ema: bool | None = None,
+    modality: str = "",
 ) -> list[Agreement]:
     """Compares an exported folder with its checkpoint, by the detections of both.
 
@@ -95,7 +103,7 @@ def verify(
         folder: what `export` wrote of it; its model.onnx is compared too, if it has one.
         images: files to look at; without, a phantom of every modality.
         phrases: what to look for in `images`; in phantoms it is a phrase of each of them.
-        use_ema: as at the export.
+        use_ema, modality: as at the export.
 
     Returns:
         The figures of the PyTorch model, and of the ONNX model.
@@ -112,7 +120,9 @@ def verify(
         looked_at = [example.image for example in examples]
         asked = split_phrases([example.regions[0].phrase for example in examples])
     model = MedGLIP.from_pretrained(checkpoint, use_ema=use_ema)
-    found = [model.predict(image, asked, threshold=0.0) for image in looked_at]
+    model.config.evaluation.modality_prefix = False  # of the twin's prompts there is none
+    parts = MODALITIES[0] if modality in ("", SHARED) else modality
+    found = [model.predict(image, asked, threshold=0.0, modality=parts) for image in looked_at]
     twin, processor = load_twin(folder)
     agreements = [compare_with_twin(found, twin, processor, looked_at, asked, f"{source}, PyTorch")]
     if (pathlib.Path(folder) / ONNX_FILE).is_file():
@@ -121,13 +131,44 @@ def verify(
     return agreements
 
 
-def verify_exactly(checkpoint: str | os.PathLike, path: pathlib.Path, names: str, use_ema: bool | None = None) -> int:
+def load_plain(
+    checkpoint: str | os.PathLike, use_ema: bool | None = None, modality: str = ""
+) -> tuple[Any, ConfigDict]:
+    """Reads a checkpoint as a plain GLIP, NumPy arrays; of one with parts of modalities, the model of one of them.
+
+    Args:
+        checkpoint, use_ema: see `load_arrays`.
+        modality: its name, or `SHARED` for what images of unknown modality take; "" for a plain GLIP.
+
+    Raises:
+        ValueError: the checkpoint has parts of modalities and none is named, or it does not have those.
+    """
+    params, config = load_arrays(checkpoint, use_ema)
+    names = config.model.modality.names
+    if not names:
+        if modality not in ("", SHARED):
+            raise ValueError(f"{checkpoint} is a plain model, the same for every modality: leave out --modality")
+        return params, config
+    if not modality:
+        raise ValueError(
+            f"{checkpoint} has parts of its own for some modalities, which no format has a place for: export one plain "
+            f"model for each with --modality NAME, of {names}, or {SHARED} (images of any other modality)"
+        )
+    params = merge_modality(params, config.model, "" if modality == SHARED else modality)
+    config = config.copy_and_resolve_references()
+    config.model.modality.update(base_recipe().model.modality)
+    return params, config
+
+
+def verify_exactly(
+    checkpoint: str | os.PathLike, path: pathlib.Path, names: str, use_ema: bool | None = None, modality: str = ""
+) -> int:
     """Reads a .pth back and compares it with its checkpoint; returns the number of parameters.
 
     Raises:
         ValueError: they are not the same, bit for bit; names one that differs.
     """
-    params, config = load_arrays(checkpoint, use_ema)
+    params, config = load_plain(checkpoint, use_ema, modality)
     found, report = import_parameters(read_state_dict(path), config, {"mmdet": mmdet, "glip": glip}[names])
     if not report.complete:
         raise ValueError(f"{path} is not what was exported: {report.describe()}")
@@ -165,6 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         help="compare the detections of the exported model with these, on images (with --phrases) or on phantoms, "
         "and write the figures into the model card; other formats are read back exactly; needs PyTorch",
     )
+    add("--modality", default="", metavar="NAME", help=f"whose plain model to write, of those with parts; or {SHARED}")
     add("--phrases", default="", help="what to look for in the images, as 'left lung. nodule'")
     options = parser.parse_args(argv)
     if options.verify and not options.phrases:
@@ -178,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         require_torch()
 
     use_ema = False if options.no_ema else None
-    params, config = load_arrays(options.checkpoint, use_ema)
+    params, config = load_plain(options.checkpoint, use_ema, options.modality)
     if PROMPT in params:
         raise ValueError(
             f"{options.checkpoint} is a run of prompt tuning: its weights are those it started from "
@@ -204,11 +246,16 @@ def main(argv: list[str] | None = None) -> int:
     if options.verify is None:
         return 0
     if options.format != "huggingface":
-        number = verify_exactly(options.checkpoint, path, options.format, use_ema)
+        number = verify_exactly(options.checkpoint, path, options.format, use_ema, options.modality)
         print(f"read back: {number} parameters, bit for bit")
         return 0
     agreements = verify(
-        options.checkpoint, options.output, images=options.verify, phrases=options.phrases, use_ema=use_ema
+        options.checkpoint,
+        options.output,
+        images=options.verify,
+        phrases=options.phrases,
+        use_ema=use_ema,
+        modality=options.modality,
     )
     for agreement in agreements:
         print(agreement.describe())

@@ -11,8 +11,10 @@ from flax.linen import Module
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from data_pipelines.schema import MODALITIES
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
+from medglip_jax.model.modality import add_modalities, classify, modality_table
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
 from medglip_jax.parallel.activations import activations_on
@@ -85,16 +87,19 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
     Args:
         model: the detector.
-        config: a recipe; reads `data.canvas`, `detection`, `sharding`, `sharding_rules` and `activation_rules`.
+        config: a recipe; reads `data.canvas`, `detection`, `model.modality`, `sharding`, `sharding_rules` and
+            `activation_rules`.
         mesh: from `make_mesh`; None runs on one device.
 
     Returns:
         detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
         float32[B, D, 4] (canvas pixels, half-open), scores float32[B, D] and phrases int32[B, D] (-1 for empty places),
         best first. image is uint8[B, H, W, 3], image_size int32[B, 2]; the others as `stack_prompts` returns them, for
-        one prompt an image (P = B) or one for all (P = 1).
+        one prompt an image (P = B) or one for all (P = 1). A model of modalities also takes modality=, int32[B], places
+        in `schema.MODALITIES`; those that have no parts of their own, and all without it, take the shared ones.
     """
     height, width = config.data.canvas
+    table = modality_table(config.model.modality.names, MODALITIES)
 
     def find(
         outputs: dict[str, jax.Array], image_size: jax.Array, phrase_map: jax.Array, phrase_valid: jax.Array
@@ -114,6 +119,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
         attention_mask: jax.Array,
         phrase_map: jax.Array,
         phrase_valid: jax.Array,
+        modality: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         def spread(x: jax.Array) -> jax.Array:
             x = jnp.broadcast_to(x, (image.shape[0], *x.shape[1:]))
@@ -121,10 +127,41 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
         pixels = normalize_pixels(image, image_size)
         with activations_on(mesh, config.activation_rules, resolve_rules(config)):
-            outputs = apply_model(model, params, pixels, spread(input_ids), spread(attention_mask), train=False)
+            parts = None if modality is None else jnp.asarray(table)[modality]
+            outputs = apply_model(
+                model, params, pixels, spread(input_ids), spread(attention_mask), modality=parts, train=False
+            )
         return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
 
     return detector
+
+
+def make_classifier(model: Module, config: ConfigDict) -> Callable[..., jax.Array]:
+    """Returns the jitted function that tells what kind of image each one is.
+
+    Args:
+        model: the detector.
+        config: a recipe; reads `model.modality`.
+
+    Returns:
+        classifier(params, image=, image_size=) -> float32[B, len(schema.MODALITIES)], probabilities, 0 for those that
+        `model.modality.names` does not list; the arguments as in `make_detector`.
+
+    Raises:
+        ValueError: the model has no classifier.
+    """
+    settings = config.model.modality
+    if not settings.classifier:
+        raise ValueError("this model has no classifier of modalities (config.model.modality.classifier)")
+    table = modality_table(settings.names, MODALITIES)
+
+    @jax.jit
+    def classifier(params: Any, *, image: jax.Array, image_size: jax.Array) -> jax.Array:
+        logits = classify(params, config.model, normalize_pixels(image, image_size), image_size)
+        of_names = jax.nn.softmax(logits)
+        return jnp.where(table > 0, of_names[:, np.maximum(table - 1, 0)], 0)
+
+    return classifier
 
 
 def to_original(boxes: np.ndarray, scale: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -180,10 +217,12 @@ def merge(
 
 
 def parameter_shapes(model: Module, config: ConfigDict) -> dict[str, Any]:
-    """Returns the model's parameter tree with shapes and types in place of arrays; computes nothing."""
+    """Returns the model's parameter tree, with what modalities have of their own, as shapes; computes nothing."""
     image = jax.ShapeDtypeStruct((1, *config.data.canvas, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), image, tokens, tokens)["params"]
+    key = jax.random.key(0)
+    plain = jax.eval_shape(model.init, key, image, tokens, tokens)["params"]
+    return jax.eval_shape(lambda params: add_modalities(params, config.model, key), plain)
 
 
 def flat_shapes(params: Any) -> dict[str, tuple[int, ...]]:

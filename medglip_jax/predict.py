@@ -20,20 +20,33 @@ from flax.linen import Module
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
+from data_pipelines.curate import find_modality
+from data_pipelines.dicom_image import store_dicom
 from data_pipelines.images import store_image
-from data_pipelines.text import TextTokenizer, build_prompts, split_phrases
+from data_pipelines.schema import MODALITIES
+from data_pipelines.text import TextTokenizer, build_prompts, make_prefix, split_phrases
 from data_pipelines.transforms import decode_image, resize_into
 from medglip_jax.compilation_cache import add_option, keep_compiled
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import write_json
-from medglip_jax.inference import Detections, make_detector, merge, power_of_two, stack_prompts
+from medglip_jax.inference import (
+    Detections,
+    make_classifier,
+    make_detector,
+    merge,
+    power_of_two,
+    stack_prompts,
+)
 from medglip_jax.pretrained import load_model
 
 ImageLike: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image
 Phrases: TypeAlias = str | Sequence[str]
 
+AUTO = "auto"  # the modality that the file states, else the one that the model's classifier sees
+
 _JPEG = b"\xff\xd8\xff"
+_DICOM = b"DICM"  # behind 128 bytes of anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +57,15 @@ class Prediction:
         boxes: float32[n, 4], x0 y0 x1 y1 in pixels of the image as it was given, half-open (x1 - x0 is the width).
         scores: float32[n], 0 to 1.
         phrases: the phrase of each box.
+        modality: of the image, as it was stated or classified; "unknown" if neither.
+        probability: of that modality, if it was classified; else None.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     phrases: list[str]
+    modality: str = MODALITIES[0]
+    probability: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -67,14 +84,36 @@ def read_image(image: ImageLike) -> np.ndarray:
 
     Args:
         image: a file, read as `data_pipelines.build` reads it (16-bit grey is stretched over 0 to 255, transparent
-            pixels are black); encoded bytes (PNG, JPEG); an 8-bit Pillow image; or uint8[H, W] or uint8[H, W, 3] RGB.
+            pixels are black, a DICOM file goes through its window); encoded bytes (PNG, JPEG); an 8-bit Pillow image;
+            or uint8[H, W] or uint8[H, W, 3] RGB.
 
     Raises:
         ValueError: the file is missing or damaged, or the image is not of that kind.
     """
+    return _read_with_modality(image)[0]
+
+
+def _read_with_modality(image: ImageLike) -> tuple[np.ndarray, str]:
+    """Returns what `read_image` does, and the modality that the file states, "" if it states none."""
     if isinstance(image, str | os.PathLike):
+        if _is_dicom(image):
+            picture = store_dicom(pathlib.Path(image), dataset="prediction")
+            return decode_image(picture.encoded), picture.modality
         stored, encoded = store_image(image), pathlib.Path(image).read_bytes()
-        return decode_image(encoded if encoded.startswith(_JPEG) else stored.encoded)
+        return decode_image(encoded if encoded.startswith(_JPEG) else stored.encoded), ""
+    return _decode(image), ""
+
+
+def _is_dicom(path: str | os.PathLike) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == _DICOM
+    except OSError:
+        return False  # who reads it as an image says what is wrong
+
+
+def _decode(image: Any) -> np.ndarray:
+    """Returns encoded bytes, a Pillow image or an array as uint8[H, W, 3]; see `read_image`."""
     if isinstance(image, bytes):
         _check_encoded(image)
         return decode_image(image)
@@ -108,6 +147,7 @@ class MedGLIP:
     def __init__(self, model: Module, params: Any, config: ConfigDict, tokenizer: TextTokenizer):
         self.config, self.params, self.tokenizer = config, params, tokenizer
         self._detector = make_detector(model, config)
+        self._classifier = make_classifier(model, config) if config.model.modality.classifier else None
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, *, use_ema: bool | None = None) -> "MedGLIP":
@@ -124,6 +164,7 @@ class MedGLIP:
         threshold: float = ...,
         max_detections: int | None = ...,
         batch_size: int = ...,
+        modality: str = ...,
     ) -> Prediction: ...
 
     @overload
@@ -135,9 +176,10 @@ class MedGLIP:
         threshold: float = ...,
         max_detections: int | None = ...,
         batch_size: int = ...,
+        modality: str | Sequence[str] = ...,
     ) -> list[Prediction]: ...
 
-    def predict(self, images, phrases, *, threshold=0.3, max_detections=None, batch_size=8):
+    def predict(self, images, phrases, *, threshold=0.3, max_detections=None, batch_size=8, modality=AUTO):
         """Finds phrases in one image or in each of a list.
 
         More phrases than a prompt holds go into several prompts, each with a pass over the image.
@@ -149,6 +191,10 @@ class MedGLIP:
             threshold: least score of a box, 0 to 1. The recipe's `detection.score_threshold` comes before it.
             max_detections: most boxes of an image; None and the most is the recipe's `detection.max_detections`.
             batch_size: most images and prompts that go through the model together.
+            modality: one of `schema.MODALITIES`, of all images, or a list of them, one an image. "auto" takes what
+                the file states (DICOM does), else what the model's classifier sees, if it has one, else "unknown". It
+                chooses the parts of a model of modalities (those of an unknown one are the shared parts), and begins
+                the prompt where `evaluation.modality_prefix` of the recipe is set.
 
         Returns:
             A `Prediction`; for a list of images a list of them.
@@ -165,31 +211,80 @@ class MedGLIP:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it must be at least 1")
         single = not isinstance(images, list | tuple)
-        pixels = [read_image(image) for image in ([images] if single else images)]
-        asked = _phrases_of_each(phrases, len(pixels), single)
+        read = [_read_with_modality(image) for image in ([images] if single else images)]
+        asked = _phrases_of_each(phrases, len(read), single)
+        canvases = [resize_into(image, tuple(self.config.data.canvas)) for image, _ in read]
+        told = self._tell_modalities(modality, [stated for _, stated in read], canvases, batch_size)
+        detections = self._detect([image for image, _ in read], canvases, asked, [name for name, _ in told], batch_size)
         predictions = [
-            self._select(found, names, threshold, max_detections or limit)
-            for found, names in zip(self._detect(pixels, asked, batch_size), asked, strict=True)
+            self._select(found, names, threshold, max_detections or limit, *modality)
+            for found, names, modality in zip(detections, asked, told, strict=True)
         ]
         return predictions[0] if single else predictions
 
     @staticmethod
-    def _select(found: Detections, names: list[str], threshold: float, limit: int) -> Prediction:
+    def _select(
+        found: Detections, names: list[str], threshold: float, limit: int, modality: str, probability: float | None
+    ) -> Prediction:
         kept = np.flatnonzero(found.scores >= threshold)[:limit]
-        return Prediction(found.boxes[kept], found.scores[kept], [names[i] for i in found.phrases[kept]])
+        phrases = [names[i] for i in found.phrases[kept]]
+        return Prediction(found.boxes[kept], found.scores[kept], phrases, modality, probability)
 
-    def _detect(self, pixels: list[np.ndarray], asked: list[list[str]], batch_size: int) -> list[Detections]:
+    def _tell_modalities(
+        self, asked: str | Sequence[str], stated: list[str], canvases: list[Any], batch_size: int
+    ) -> list[tuple[str, float | None]]:
+        """Returns the modality of each image, and its probability where it was classified."""
+        wanted = [asked] * len(stated) if isinstance(asked, str) else list(asked)
+        if len(wanted) != len(stated):
+            raise ValueError(f"there are {len(stated)} images but {len(wanted)} modalities: give one an image, or one")
+        for name in wanted:
+            if name != AUTO and name != MODALITIES[0] and not find_modality(name):
+                raise ValueError(f"modality is {name!r}: expected {AUTO} or one of {', '.join(MODALITIES)}")
+        told: list[tuple[str, float | None]] = [
+            (file or MODALITIES[0] if name == AUTO else find_modality(name) or name, None)
+            for name, file in zip(wanted, stated, strict=True)
+        ]
+        open_places = [i for i, name in enumerate(wanted) if name == AUTO and not stated[i]]
+        if self._classifier is None:
+            return told
+        for start in range(0, len(open_places), batch_size):
+            places = open_places[start : start + batch_size]
+            padded = places + places[-1:] * (min(power_of_two(len(places)), batch_size) - len(places))
+            probabilities = self._classifier(
+                self.params,
+                image=np.stack([canvases[i][0] for i in padded]),
+                image_size=np.array([canvases[i][1] for i in padded], np.int32),
+            )
+            for i, of_image in zip(places, np.asarray(probabilities), strict=False):
+                told[i] = MODALITIES[int(of_image.argmax())], float(of_image.max())
+        return told
+
+    def _detect(
+        self,
+        pixels: list[np.ndarray],
+        canvases: list[Any],
+        asked: list[list[str]],
+        modalities: list[str],
+        batch_size: int,
+    ) -> list[Detections]:
         """Runs every pair of image and prompt, and joins them by image."""
-        max_tokens = self.config.data.max_tokens
-        chunks = [build_prompts(names, self.tokenizer, max_tokens) for names in asked]
-        canvases = [resize_into(image, tuple(self.config.data.canvas)) for image in pixels]
+        max_tokens, prefixed = self.config.data.max_tokens, self.config.evaluation.modality_prefix
+        chunks = [
+            build_prompts(names, self.tokenizer, max_tokens, make_prefix(modality) if prefixed else "")
+            for names, modality in zip(asked, modalities, strict=True)
+        ]
         pairs = [(image, prompt) for image, prompts in enumerate(chunks) for prompt, _ in prompts]
         rows: list[dict[str, np.ndarray]] = []
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             padded = batch + batch[-1:] * (min(power_of_two(len(batch)), batch_size) - len(batch))
+            options = {}
+            if self.config.model.modality.names:
+                ids = [MODALITIES.index(modalities[image]) for image, _ in padded]
+                options["modality"] = np.array(ids, np.int32)
             found = self._detector(
                 self.params,
+                **options,
                 image=np.stack([canvases[image][0] for image, _ in padded]),
                 image_size=np.array([canvases[image][1] for image, _ in padded], np.int32),
                 **stack_prompts([prompt for _, prompt in padded], max_tokens),
@@ -224,12 +319,23 @@ def _draw(images: Sequence[str], predictions: Sequence[Prediction], out: str) ->
     contact_sheet(entries, out, columns=4, tile=960 if len(entries) == 1 else 480)
 
 
+def _describe_modality(prediction: Prediction, listed: str) -> str:
+    """Returns what a person must know of the modality, for a model that has parts of some (`listed`)."""
+    if not listed:
+        return ""
+    told = "" if prediction.probability is None else f", classified with probability {prediction.probability:.2f}"
+    has_parts = prediction.modality in [name.strip() for name in listed.split(",")]
+    return f" ({prediction.modality}{told}{'' if has_parts else ', with the shared parts of the model'})"
+
+
 def _as_json(path: str, prediction: Prediction) -> dict[str, Any]:
     return {
         "image": path,
         "boxes": prediction.boxes.tolist(),
         "scores": prediction.scores.tolist(),
         "phrases": prediction.phrases,
+        "modality": prediction.modality,
+        "modality_probability": prediction.probability,
     }
 
 
@@ -245,17 +351,25 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", metavar="FILE", help="file to write the boxes to, in pixels of each image: x0 y0 x1 y1, half-open")
     add("--threshold", type=float, default=0.3, help="least score of a box; default: %(default)s")
     add("--max-detections", type=int, help="most boxes of an image; default: as the model was configured")
+    add("--modality", default=AUTO, metavar="NAME", help="of the images; default: what the file or the model says")
+    add("--modality-prefix", action="store_true", help="begin prompts with it, as 'CT: ', whatever the recipe says")
     add("--no-ema", action="store_true", help="use the parameters themselves instead of their running average")
     add_option(parser)
     options = parser.parse_args(argv)
 
     keep_compiled(options.compilation_cache)
     model = MedGLIP.from_pretrained(options.checkpoint, use_ema=False if options.no_ema else None)
+    model.config.evaluation.modality_prefix |= options.modality_prefix
     predictions = model.predict(
-        options.image, options.phrases, threshold=options.threshold, max_detections=options.max_detections
+        options.image,
+        options.phrases,
+        threshold=options.threshold,
+        max_detections=options.max_detections,
+        modality=options.modality,
     )
+    listed = model.config.model.modality.names
     for path, prediction in zip(options.image, predictions, strict=True):
-        print(f"{path}: {len(prediction)} boxes")
+        print(f"{path}: {len(prediction)} boxes{_describe_modality(prediction, listed)}")
         for box, score, phrase in zip(prediction.boxes, prediction.scores, prediction.phrases, strict=True):
             print(f"  {score:.2f}  {' '.join(f'{value:7.1f}' for value in box)}  {phrase}")
     if options.json:

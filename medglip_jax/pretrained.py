@@ -17,6 +17,7 @@ from medglip_jax.inference import check_parameters, flat_shapes, parameter_shape
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import is_folder, read_folder
 from medglip_jax.model.detector import GLIP
+from medglip_jax.model.modality import MODALITY, copies, modality_names
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
@@ -97,7 +98,8 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
         tell: takes a report of what found its place, for each source.
 
     Returns:
-        Part of the parameter tree, NumPy arrays; what an encoder's folder has goes before `config.init.model`.
+        Part of the parameter tree, NumPy arrays; what an encoder's folder has goes before `config.init.model`. From a
+        plain model or encoder, each modality of `config.model.modality` gets a copy of what it has of its own.
 
     Raises:
         OSError, ValueError: a source cannot be read or does not fit the recipe.
@@ -116,6 +118,8 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
                 f"weights: start from what it started from ({own.init.model or 'its own initialisation'})"
             )
         wanted = flat_shapes(parameter_shapes(GLIP(config.model), config))
+        if MODALITY not in params:  # what modalities have of their own starts from a plain model's parts
+            wanted = {path: shape for path, shape in wanted.items() if not path.startswith(f"{MODALITY}/")}
         if mismatches := list_mismatches(flat_shapes(params), wanted, "the recipe"):
             raise ValueError(f"config.init.model, {config.init.model}, is a model of other sizes:\n{mismatches}")
         tell(f"{config.init.model}: {len(wanted)} parameters")
@@ -125,6 +129,9 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
             part, report = load(folder, config)
             tell(f"{folder}: {report.describe()}")
             found[name] = {**found.get(name, {}), **part}
+    if MODALITY not in found and (own := copies(found, config.model.modality)):
+        tell(f"{len(own)} parameters of {', '.join(modality_names(config.model.modality))} start as copies")
+        found |= traverse_util.unflatten_dict(own, sep="/")
     return found
 
 

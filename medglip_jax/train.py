@@ -61,6 +61,7 @@ from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
 from medglip_jax.training.finetuning import split_trained
 from medglip_jax.training.goodput import Goodput
 from medglip_jax.training.logging import MetricsLog, ProgressBar
+from medglip_jax.training.modality import report_modalities
 from medglip_jax.training.nonfinite import NonFiniteSteps
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.pending import PendingMetrics
@@ -149,6 +150,8 @@ def _train(
     mesh = make_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     _check(config, tokenizer, mesh)
+    if jax.process_index() == 0:
+        report_modalities(config)
     model, optimizer = GLIP(config.model), make_optimizer(config)
     detector = make_detector(model, config, mesh)
 

@@ -17,7 +17,15 @@ from PIL import Image
 
 from data_pipelines.loader import eval_loader
 from data_pipelines.records import find_shards, read_examples
-from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer, order_by_body_region
+from data_pipelines.schema import MODALITIES
+from data_pipelines.text import (
+    TextTokenizer,
+    build_prompt,
+    build_prompts,
+    load_tokenizer,
+    make_prefix,
+    order_by_body_region,
+)
 from data_pipelines.transforms import decode_image
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
@@ -66,9 +74,13 @@ def _detect_batches(
         process_count=jax.process_count(),
     )
     waiting = None
+    keys = ("image", "image_size", *(["modality"] if config.model.modality.names else []))
     for batch in loader:
-        images = to_global({key: batch[key] for key in ("image", "image_size")}, mesh)
-        found = [detector(params, **images, **prompt) for prompt in prompts]
+        images = to_global({key: batch[key] for key in keys}, mesh)
+        asked = prompts
+        if config.evaluation.modality_prefix:
+            asked = [to_global({key: x[batch["modality"]] for key, x in prompt.items()}, mesh) for prompt in prompts]
+        found = [detector(params, **images, **prompt) for prompt in asked]
         host = to_global({key: batch[key] for key in _HOST_KEYS}, mesh) if jax.process_count() > 1 else batch
         host = {key: host[key] for key in _HOST_KEYS}
         if waiting is not None:
@@ -76,6 +88,27 @@ def _detect_batches(
         waiting = host, found
     if waiting is not None:
         yield _gather(waiting[0]), [_gather(part) for part in waiting[1]]
+
+
+def make_prompts(
+    phrases: Sequence[str], prefixes: Sequence[str], tokenizer: TextTokenizer, max_tokens: int
+) -> tuple[list[dict[str, np.ndarray]], list[list[int]]]:
+    """Spreads phrases over prompts, the same for each prefix.
+
+    Returns:
+        Of each prompt its arrays, as `stack_prompts` returns them, with a row for each prefix, all prompts in one shape
+        (one compilation); and the indices of its phrases.
+    """
+    longest = max(prefixes, key=tokenizer.count)
+    chunks = build_prompts(phrases, tokenizer, max_tokens, longest)
+    rows = [
+        build_prompt([phrases[k] for k in indices], tokenizer, max_tokens, prefix)
+        for _, indices in chunks
+        for prefix in prefixes
+    ]
+    stacked, count = stack_prompts(rows, max_tokens), len(prefixes)
+    prompts = [{key: x[i * count : (i + 1) * count] for key, x in stacked.items()} for i in range(len(chunks))]
+    return prompts, [indices for _, indices in chunks]
 
 
 def detect_records(
@@ -97,7 +130,7 @@ def detect_records(
 
     Args:
         model, params: the detector and its parameters, on the mesh.
-        config: a recipe; reads `data` and `detection`.
+        config: a recipe; reads `data`, `detection`, `model.modality` and `evaluation.modality_prefix`.
         records_path: DIR or DIR:SPLIT.
         mesh: from `make_mesh`.
         tokenizer: of the checkpoint.
@@ -111,10 +144,9 @@ def detect_records(
         (the first one compiles).
     """
     order = order_by_body_region(phrases)  # what may be confused stands in one prompt, as in training
-    chunks = build_prompts([phrases[k] for k in order], tokenizer, config.data.max_tokens)
-    stacked = stack_prompts([prompt for prompt, _ in chunks], config.data.max_tokens)  # one shape: one compilation
-    prompts = [{key: value[i : i + 1] for key, value in stacked.items()} for i in range(len(chunks))]
-    places = [[order[k] for k in indices] for _, indices in chunks]
+    prefixes = [make_prefix(name) for name in MODALITIES] if config.evaluation.modality_prefix else [""]
+    prompts, chunks = make_prompts([phrases[k] for k in order], prefixes, tokenizer, config.data.max_tokens)
+    places = [[order[k] for k in indices] for indices in chunks]
 
     by_index: dict[int, Detections] = {}
     started = time.perf_counter()

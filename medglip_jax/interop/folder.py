@@ -181,8 +181,14 @@ def write_folder(
         The path of the weights, or of their index.
 
     Raises:
-        ValueError: the parameters are not those of `config.model`, or the folder holds something else than an export.
+        ValueError: the parameters are not those of `config.model`, or of a model with parts of modalities; or the
+            folder holds something else than an export.
     """
+    if config.model.modality.names:
+        raise ValueError(
+            f"a model with parts of modalities ({config.model.modality.names}) has no place in PyTorch's: write the "
+            "plain model of one of them, as medglip export --modality NAME does (model.modality.merge_modality)"
+        )
     fields = {
         "model_type": MODEL_TYPE,
         "architectures": ["MedGLIPModel"],

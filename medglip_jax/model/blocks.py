@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from medglip_jax.model.remat import NONE, POLICIES
+from medglip_jax.model.routing import COLLECTION
 from medglip_jax.parallel.activations import constrain_parameters
 
 Array = jax.Array
@@ -90,6 +91,17 @@ def run_blocks(
     return carry
 
 
+def _stack_variables(parent: nn.Module, names: Sequence[str]) -> dict[str, Tree]:
+    """Returns what blocks have of each collection, along a first dimension."""
+    stacked = {}
+    for collection, prefix in (("params", ()), (COLLECTION, (COLLECTION,))):
+        trees = [parent.variables.get(collection, {}).get(name) for name in names]
+        if trees[0] is not None:
+            tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+            stacked[collection] = constrain_parameters(tree, "/".join((*prefix, *parent.path, names[0])), stacked=True)
+    return stacked
+
+
 def _run_loop(
     parent: nn.Module,
     blocks: Sequence[Block],
@@ -102,11 +114,7 @@ def _run_loop(
 ) -> Tree:
     places = [blocks[place::period] for place in range(period)]  # those of one place run in turn, with one module
     modules = [alike[0].build(in_loop=True, parent=None) for alike in places]
-    params = parent.variables["params"]
-    stacked = []
-    for alike in places:
-        tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[block.name] for block in alike))
-        stacked.append(constrain_parameters(tree, "/".join((*parent.path, alike[0].name)), stacked=True))
+    stacked = [_stack_variables(parent, [block.name for block in alike]) for alike in places]
     shape = (len(blocks) // period, period)
     keys = None
     if train and parent.has_rng("dropout"):
@@ -115,11 +123,11 @@ def _run_loop(
     drop_path = None if rates is None else jnp.asarray(rates[: len(blocks)], jnp.float32).reshape(shape)
 
     def body(carry: Tree, inputs: tuple[list[Tree], Array | None, Array | None]) -> tuple[Tree, None]:
-        parameters, keys, drop_path = inputs
+        variables, keys, drop_path = inputs
         for place, module in enumerate(modules):
             rngs = {} if keys is None else {"dropout": keys[place]}
             rate = None if drop_path is None else drop_path[place]
-            carry = nn.apply(call, module)({"params": parameters[place]}, carry, rate, rngs=rngs)
+            carry = nn.apply(call, module)(variables[place], carry, rate, rngs=rngs)
         return carry, None
 
     carry, _ = jax.lax.scan(body, carry, (stacked, keys, drop_path))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from medglip_jax.model.layers import Conv
+from medglip_jax.model.routing import selected
 from medglip_jax.parallel.activations import WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -55,7 +56,12 @@ class FPN(nn.Module):
             merged[i] += resize_nearest(merged[i + 1], *merged[i].shape[1:3])
         for i in range(len(merged) - 1):
             merged[i] = DropBlock(self.config.drop_block)(merged[i], train)
-        levels = [conv(f"output_{i}", 3)(x) for i, x in enumerate(merged)]
-        levels.append(conv(f"output_{len(levels)}", 3, 2)(levels[-1]))
-        levels.append(conv(f"output_{len(levels)}", 3, 2)(nn.relu(levels[-1])))
+        embedding = selected(self).get("embedding")  # [B, C], of each image's modality
+
+        def embed(x: Array) -> Array:
+            return x if embedding is None else (x + embedding[:, None, None]).astype(x.dtype)
+
+        levels = [embed(conv(f"output_{i}", 3)(x)) for i, x in enumerate(merged)]
+        levels.append(embed(conv(f"output_{len(levels)}", 3, 2)(levels[-1])))
+        levels.append(embed(conv(f"output_{len(levels)}", 3, 2)(nn.relu(levels[-1]))))
         return tuple(constrain(x, *WHOLE_MAP) for x in levels)

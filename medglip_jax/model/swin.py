@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from medglip_jax.model.blocks import Block, run_blocks
 from medglip_jax.model.layers import Conv, Dense, DropPath, gelu, layer_norm
 from medglip_jax.model.remat import NONE
+from medglip_jax.model.routing import PLACES, SLOTS, move_by, selected
 from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
 
 Array = jax.Array
@@ -90,7 +91,12 @@ class WindowAttention(nn.Module):
             jnp.promote_types(self.dtype, jnp.float32)
         )
         table = self.param("relative_position_bias_table", _init, ((2 * window - 1) ** 2, heads))
-        logits += table[relative_position_index(window)].transpose(2, 0, 1)  # [h, T, T]
+        if own := selected(self):
+            tables = own["relative_position_bias_table"]  # [G, rows, h]
+            bias = tables[:, relative_position_index(window)].transpose(0, 3, 1, 2)  # [G, h, T, T]
+            logits += jnp.repeat(bias, len(logits) // len(bias), axis=0)[:, None]
+        else:
+            logits += table[relative_position_index(window)].transpose(2, 0, 1)  # [h, T, T]
         if self.shift:
             logits += shifted_window_mask(padded_h, padded_w, window, self.shift)[:, None]
         weights = nn.softmax(logits).astype(self.dtype)
@@ -174,9 +180,12 @@ class Swin(nn.Module):
     def __call__(self, pixels: Array, train: bool) -> tuple[Array, ...]:
         config = self.config
         drop_path = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
-        x = PatchEmbed(config.embed_dim, self.dtype, name="patch_embed")(pixels)
+        x = move_by(self, "patch_embed", SLOTS, pixels)
+        x = PatchEmbed(config.embed_dim, self.dtype, name="patch_embed")(x)
+        x = move_by(self, "patch_embed", PLACES, x)
         features = []
         for stage, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
+            x = move_by(self, f"stage_{stage}", SLOTS, x)
             rates = [drop_path.pop(0) for _ in range(depth)]
             blocks = []
             for index, rate in enumerate(rates):
@@ -201,7 +210,9 @@ class Swin(nn.Module):
                 rates=rates if any(rates) else None,
             )
             if stage > 0:
-                features.append(layer_norm(f"norm_{stage}", _EPSILON, self.dtype)(x))
+                feature = layer_norm(f"norm_{stage}", _EPSILON, self.dtype)(x)
+                features.append(move_by(self, f"stage_{stage}", PLACES, feature))
             if stage + 1 < len(config.depths):
                 x = constrain(PatchMerging(self.dtype, name=f"stage_{stage}_downsample")(x), *MAP)
+                x = move_by(self, f"stage_{stage}", PLACES, x)
         return tuple(features)

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medglip_jax.model.modality import MODALITY, modality_variables, text_embedding, without_modalities
+
 Array = jax.Array
 
 PROMPT = "prompt"  # the subtree
@@ -51,18 +53,35 @@ def place_offsets(prompt: Any, input_ids: Array) -> Array:
 
 
 def apply_model(
-    model: Any, params: Any, pixels: Array, input_ids: Array, attention_mask: Array, **options: Any
+    model: Any,
+    params: Any,
+    pixels: Array,
+    input_ids: Array,
+    attention_mask: Array,
+    *,
+    modality: Array | None = None,
+    **options: Any,
 ) -> dict[str, Array]:
-    """Calls a detector, with the offsets of its phrases if the parameters have any.
+    """Calls a detector, with the offsets of its phrases and the parts of its modalities if the parameters have any.
 
     Args:
         model: the detector; see `GLIP.__call__`.
-        params: of the model, and the subtree `prompt` or not.
+        params: of the model, and the subtrees `prompt` and `modality` or not.
         pixels, input_ids, attention_mask: of the call.
+        modality: int32[B], the parts that each image takes (see `model.modality`); None, or 0, takes the shared ones.
         options: of `model.apply`.
     """
     if PROMPT in params:
         options["text_offset"] = place_offsets(params[PROMPT], input_ids)
         params = {name: part for name, part in params.items() if name != PROMPT}
-    outputs: Any = model.apply({"params": params}, pixels, input_ids, attention_mask, **options)
+    variables = {"params": params}
+    if MODALITY in params:
+        own, params = params[MODALITY], without_modalities(params)
+        variables = {"params": params}
+        if modality is not None:
+            variables[MODALITY] = modality_variables(own, model.config, modality)
+            offsets = [options.get("text_offset"), text_embedding(own, modality)]
+            if any(offset is not None for offset in offsets):
+                options["text_offset"] = sum(offset for offset in offsets if offset is not None)
+    outputs: Any = model.apply(variables, pixels, input_ids, attention_mask, **options)
     return outputs

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from medglip_jax.parallel.rules import Rules, find_placements, path_name
@@ -106,11 +107,35 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
 
 
+def constrain_first(x: jax.Array, name: str | None) -> jax.Array:
+    """Asks XLA to lay the first dimension of an array out by the table of `activations_on`; the others are left to it.
+
+    Args:
+        x: any array.
+        name: of `NAMES`; None brings the dimension whole to every device.
+    """
+    current = _layout.get()
+    if current is None:
+        return x
+    axes = dict(current.table)[name] if name is not None else None
+    if axes and x.shape[0] % math.prod(current.mesh.shape[axis] for axis in axes):
+        axes = None
+    spec = PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(current.mesh, spec))
+
+
+def parts_of(name: str) -> int:
+    """Returns into how many parts the table of `activations_on` splits a dimension; 1 where there is no table."""
+    current = _layout.get()
+    axes = None if current is None else dict(current.table)[name]
+    return 1 if current is None or not axes else math.prod(current.mesh.shape[axis] for axis in axes)
+
+
 def constrain_parameters(tree: Any, path: str, *, stacked: bool = False) -> Any:
     """Asks XLA to lay parameters, and in the backward pass their gradients, out by the rules of `activations_on`.
 
     Args:
-        tree: parameters below `path`, or arrays of their shapes.
+        tree: parameters below `path`, or arrays of their shapes; integers among them (indices) are left as they are.
         path: "tower_0"; "" for all of a model.
         stacked: whether each array holds several parameters, along a first dimension that is not split.
 
@@ -124,11 +149,15 @@ def constrain_parameters(tree: Any, path: str, *, stacked: bool = False) -> Any:
     shapes = {
         prefix + path_name(place): jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
         for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not jnp.issubdtype(leaf.dtype, jnp.integer)
     }
     placements = find_placements(current.parameters, shapes, current.mesh)
 
     def place(where: Sequence[Any], leaf: jax.Array) -> jax.Array:
-        spec = placements[prefix + path_name(where)].spec
+        name = prefix + path_name(where)
+        if name not in placements:
+            return leaf
+        spec = placements[name].spec
         spec = PartitionSpec(None, *spec) if stacked else spec
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(current.mesh, spec))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from medglip_jax.parallel.rules import Rules
+from medglip_jax.parallel.rules import Choice, Rules
 
 
 def _preset(split: Any, tensor: str | None) -> Rules:
@@ -59,17 +59,51 @@ def adapter_rules(rules: Rules) -> Rules:
     """
     adapters: list[tuple[str, Any]] = []
     for pattern, spec in rules:
-        if pattern.endswith("/kernel$") and len(spec) <= 2:
+        if pattern.endswith("/kernel$") and not isinstance(spec, Choice) and len(spec) <= 2:
             of_module = pattern.removesuffix("kernel$")
             adapters += [(f"{of_module}a$", spec[:1]), (f"{of_module}b$", (None, *spec[1:]) if spec[1:] else ())]
     return adapters
+
+
+# Over which axes the modalities of a stack are split, if their number is a multiple.
+_MODALITIES: dict[str, Any] = {
+    "ddp": None,
+    "fsdp": ("replica", "fsdp"),
+    "hsdp": "fsdp",
+    "fsdp_tp": ("replica", "fsdp"),
+}
+
+
+def modality_rules(rules: Rules, split: Any) -> Rules:
+    """Returns rules for what modalities have of their own (`model.modality`), after those of the shared parameters.
+
+    A stack [E, ...] is split by its modalities, each with its heads and hidden widths as ever; where their number is
+    no multiple of the axes, inside each as the shared parameter is. What of the shared ones is copied is copied.
+
+    Args:
+        rules: of the shared parameters.
+        split: mesh axes of the first dimension; None never splits it.
+    """
+    axes = {split} if isinstance(split, str) else set(split or ())
+
+    def stack(spec: Any) -> Any:
+        if not any(spec):
+            return ()
+        inside = [None if axes & ({entry} if isinstance(entry, str) else set(entry or ())) else entry for entry in spec]
+        return Choice((split, *inside), (None, *spec)) if split else (None, *spec)
+
+    stacks: list[tuple[str, Any]] = [(r"^modality/(neck|language|classifier)/", ())]
+    for pattern, spec in (*rules, *adapter_rules(rules)):
+        inside = pattern[1:] if pattern.startswith("^") else f".*(?:{pattern})"
+        stacks.append((f"^modality/{inside}", stack(spec)))
+    return stacks
 
 
 def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
     """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules`, `sharding` and `finetune`.
+        config: a recipe; reads `sharding_rules`, `sharding`, `finetune` and `model.modality`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -78,7 +112,10 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
         nearest = difflib.get_close_matches(config.sharding, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"config.sharding is {config.sharding!r}: {hint}")
-    rules = (*config.sharding_rules, *PRESETS[config.sharding])
+    rules = base = (*config.sharding_rules, *PRESETS[config.sharding])
+    if config.model.modality.names:
+        given = [rule for rule in config.sharding_rules if "modality" in rule[0]]
+        rules = (*given, *modality_rules(base, _MODALITIES[config.sharding]), *base)
     if config.finetune.lora_rank:
-        return (*rules, *adapter_rules(rules))
+        return (*rules, *adapter_rules(base))
     return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase

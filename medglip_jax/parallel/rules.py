@@ -13,8 +13,17 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 logger = logging.getLogger(__name__)
 
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A spec that is tried before another one, which is taken, and reported, where the first does not fit."""
+
+    first: Sequence[Any]
+    otherwise: Sequence[Any]
+
+
 # (pattern, spec): the spec has a mesh axis, a tuple of axes, or None for each leading dimension.
-Rules = Sequence[tuple[str, Sequence[Any]]]
+Rules = Sequence[tuple[str, Sequence[Any] | Choice]]
 AnyMesh = Mesh | AbstractMesh
 
 _LISTED = 8  # parameters that a report names
@@ -46,8 +55,14 @@ def _axes(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _fit(pattern: str, spec: Sequence[Any], name: str, shape: tuple[int, ...], mesh: AnyMesh) -> Placement:
+def _fit(pattern: str, spec: Sequence[Any] | Choice, name: str, shape: tuple[int, ...], mesh: AnyMesh) -> Placement:
     """Returns what of a rule fits the shape."""
+    if isinstance(spec, Choice):
+        first = _fit(pattern, spec.first, name, shape, mesh)
+        if not first.lost:
+            return first
+        place = _fit(pattern, spec.otherwise, name, shape, mesh)
+        return dataclasses.replace(place, lost=(f"{'; '.join(first.lost)}: split otherwise", *place.lost))
     named = [axis for entry in spec for axis in _axes(entry)]
     for axis in named:
         if axis not in mesh.shape:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from medglip_jax.inference import make_detector, power_of_two
+from medglip_jax.inference import make_detector, parameter_shapes, power_of_two
 from medglip_jax.model.detector import GLIP
 from medglip_jax.model.lora import without_adapters
+from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, describe_parts
 from medglip_jax.planning.costs import CostModel
 from medglip_jax.planning.hlo import parse
@@ -47,6 +48,8 @@ def train_batch(config: ConfigDict, images: int, sharding: Any) -> dict[str, jax
         "box_mask": ((boxes,), jnp.bool_),
         "positive_map": ((boxes, tokens), jnp.float32),
     }
+    if config.model.modality.names:
+        shapes["modality"] = ((), jnp.int32)
     return {
         name: jax.ShapeDtypeStruct((images, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
@@ -87,7 +90,7 @@ def lower_eval(config: ConfigDict, mesh: Mesh, images: int) -> Any:
         "phrase_map": ((1, phrases, tokens), jnp.float32),
         "phrase_valid": ((1, phrases), jnp.bool_),
     }
-    arrays = {name: batch[name] for name in ("image", "image_size")} | {
+    arrays = {name: batch[name] for name in ("image", "image_size", "modality") if name in batch} | {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=whole) for name, (shape, dtype) in prompt.items()
     }
     detector: Any = make_detector(model, config, mesh)
@@ -103,8 +106,12 @@ def forward_flops(config: ConfigDict) -> tuple[float, int]:
     height, width = config.data.canvas
     pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(model.init, key, pixels, tokens, tokens)
-    lowered = jax.jit(lambda *arguments: model.apply(*arguments, train=False)).lower(variables, pixels, tokens, tokens)
-    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(variables["params"]))
+    params = parameter_shapes(model, config)
+    index = jax.ShapeDtypeStruct((1,), jnp.int32) if config.model.modality.names else None
+
+    def apply(params: Any, index: jax.Array | None, *inputs: jax.Array) -> dict[str, jax.Array]:
+        return apply_model(model, params, *inputs, modality=index, train=False)
+
+    lowered = jax.jit(apply).lower(params, index, pixels, tokens, tokens)
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(params))
     return CostModel(parse(lowered.as_text("hlo"))).total().flops, parameters

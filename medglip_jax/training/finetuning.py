@@ -14,6 +14,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.model.lora import LORA, make_adapters
+from medglip_jax.model.modality import MODALITY
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.rules import path_name
 from medglip_jax.training.phrases import make_offsets
@@ -22,7 +23,13 @@ Config = ConfigDict | FrozenConfigDict
 Params = Any  # nested dict of arrays, or of their shapes
 
 # Of each mode, the paths that train: re.search of this pattern finds them.
-MODES = {"full": r"", "heads": r"^(head|lora)/", "lora": r"^lora/", "prompt": r"^prompt/offsets$"}
+MODES = {
+    "full": r"",
+    "heads": r"^(head|lora)/",
+    "lora": r"^lora/",
+    "prompt": r"^prompt/offsets$",
+    "modality": rf"^{MODALITY}/",
+}
 
 
 def check_finetune(finetune: Config) -> None:
@@ -185,13 +192,16 @@ def layer_depth(path: str, model: Config) -> tuple[int, int] | None:
 def layer_multiplier(path: str, config: Config) -> float:
     """Returns `layer_decay` to the power of (layers + 1 - depth), as in BEiT (arXiv 2106.08254): 1 after the encoders.
 
-    An adapter has the rate of its layer.
+    An adapter has the rate of its layer, and so have a modality's own parameters of the backbone.
 
     Args:
         path: of the parameter.
         config: a recipe; reads `finetune.layer_decay` and `model`.
     """
-    place = layer_depth(path.removeprefix(f"{LORA}/"), config.model)
+    shared = path.removeprefix(f"{LORA}/")
+    if shared.startswith(f"{MODALITY}/backbone/"):
+        shared = shared.removeprefix(f"{MODALITY}/")
+    place = layer_depth(shared, config.model)
     return 1.0 if place is None else float(config.finetune.layer_decay ** (place[1] + 1 - place[0]))
 
 

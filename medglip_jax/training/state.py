@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.model.lora import LORA, merge_adapters
+from medglip_jax.model.modality import add_modalities
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import AnyMesh, Rules, follow_parameters, match_rules, shardings
 from medglip_jax.training.finetuning import add_parameters, join, split_trained
@@ -23,7 +24,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
         step: int32[], optimizer steps taken.
-        params: parameters of the model, of its adapters (`model.lora`) and offsets (`model.text_offsets`).
+        params: parameters of the model, of its modalities (`model.modality`), of its adapters (`model.lora`) and
+            offsets (`model.text_offsets`).
         opt_state: of the optimizer, for the parameters that train (`finetuning.split_trained`).
         ema: running average of the parameters that train, or None.
         rng: random key of dropout; the step folds its number into it, so it never changes.
@@ -77,6 +79,7 @@ def _initialize(
     pixels = jnp.zeros((1, _DUMMY_SIDE, _DUMMY_SIDE, 3))
     tokens = jnp.ones((1, config.data.max_tokens), jnp.int32)
     params = model.init(params_rng, pixels, tokens, tokens)["params"]
+    params = add_modalities(params, config.model, jax.random.fold_in(params_rng, 1))
     params = add_parameters(params, config, jax.random.fold_in(params_rng, 0))
     trained, _ = split_trained(params, config.finetune)
     return TrainState(

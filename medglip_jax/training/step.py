@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import Normalizers, count_normalizers, detection_losses, match_anchors
 from medglip_jax.model.lora import merge_adapters
+from medglip_jax.model.modality import classify
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.activations import activations_on
@@ -19,6 +20,7 @@ from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import path_name
 from medglip_jax.training.accumulation import accumulate_gradients, split_batch
 from medglip_jax.training.finetuning import join, split_trained
+from medglip_jax.training.modality import modality_index, modality_losses
 from medglip_jax.training.optimizer import make_schedule
 from medglip_jax.training.state import TrainState
 
@@ -63,14 +65,15 @@ def make_train_step(
     Args:
         model: the detector.
         config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule`, `training.accumulation`, `sharding`,
-            `sharding_rules` and `activation_rules`.
+            `sharding_rules`, `activation_rules`, and `model.modality` with what `classify` reads.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
-        box_mask and positive_map; other keys are ignored. Metrics are float32 scalars: loss, loss_token, loss_box,
-        loss_centerness, num_positives, grad_norm (before clipping, of what trains), learning_rate; and finite, bool:
+        box_mask and positive_map, and modality where that has names; other keys are ignored. Metrics are float32
+        scalars: loss, loss_token, loss_box, loss_centerness, num_positives, grad_norm (before clipping, of what
+        trains), learning_rate, with a classifier loss_modality and modality_accuracy; and finite, bool:
         whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
         `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
 
@@ -79,7 +82,7 @@ def make_train_step(
         losses are divided by depends on the boxes, not on the parameters, and is counted over the whole batch before.
     """
     schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
-    accumulation = config.training.accumulation
+    accumulation, modality = config.training.accumulation, config.model.modality
 
     def loss_of(
         trained: Any,
@@ -88,16 +91,24 @@ def make_train_step(
         dropout: jax.Array,
         normalizers: Normalizers | None = None,
     ) -> tuple[jax.Array, Metrics]:
+        params = merge_adapters(join(fixed, trained), config.finetune.lora_alpha)
+        pixels = normalize_pixels(batch["image"], batch["image_size"])
+        index = modality_index(batch, modality, dropout) if modality.names else None
         outputs = apply_model(
             model,
-            merge_adapters(join(fixed, trained), config.finetune.lora_alpha),
-            normalize_pixels(batch["image"], batch["image_size"]),
+            params,
+            pixels,
             batch["input_ids"],
             batch["attention_mask"],
+            modality=index,
             train=True,
             rngs={"dropout": dropout},
         )
         losses = detection_losses(outputs, batch, config.detection, normalizers)
+        if modality.classifier:
+            logits = classify(params, config.model, pixels, batch["image_size"])
+            losses |= modality_losses(logits, batch, modality, accumulation)
+            losses["loss"] += losses["loss_modality"]
         return losses["loss"], losses
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -130,6 +141,9 @@ def make_train_step(
         nonfinite = jax.lax.cond(
             finite, lambda _: jnp.zeros(len(gradient_groups(grads)), jnp.int32), _count_nonfinite, grads
         )
+        if modality.classifier:
+            correct, known = losses.pop("modality_correct"), losses.pop("modality_known")
+            losses["modality_accuracy"] = correct / jnp.maximum(known, 1)
         metrics = losses | {"grad_norm": grad_norm, "learning_rate": schedule(state.step)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return state_after, metrics | {"finite": finite, "nonfinite": nonfinite}
