@@ -56,6 +56,12 @@ def get_config() -> ConfigDict:
     config.data.parents_positive_probability = 0.25  # how often broader names mean the boxes too ("lung"); ours
     config.data.hard_negative_share = 0.25  # least share of the sampled negatives from the same body region; ours
     config.data.variant_probability = 0.15  # how often a phrase becomes another name of its label; ours
+    config.data.hierarchy = ConfigDict()  # what batches say of broader names and of organs; docs/hierarchy.md
+    # Relations of a box to a phrase that does not mean it, whose tokens then carry no loss where the box is: "is_a"
+    # ("skin lesion" for a melanoma), "may_be", "part_of" ("lung" for a nodule); () ignores none, as GLIP
+    config.data.hierarchy.ignored = ()
+    config.data.hierarchy.max_pairs = 0  # most pairs of a phrase and a broader one in a prompt that are compared; ours
+    config.data.hierarchy.containers = False  # boxes name the box that they lie in; ours
     config.data.num_threads = 4  # decode threads of a process
     config.data.num_workers = 0  # decode processes of a process; 0 decodes in threads
     config.data.prefetch = 16  # examples decoded ahead
@@ -105,6 +111,10 @@ def get_config() -> ConfigDict:
     config.detection.token_loss_weight = 1.0  # focal loss on tokens
     config.detection.box_loss_weight = 2.0  # GIoU loss
     config.detection.centerness_loss_weight = 1.0  # centerness loss
+    # Of what a phrase's score exceeds that of a broader one by; needs data.hierarchy.max_pairs. 0 is off; ours
+    config.detection.score_consistency_weight = 0.0
+    # Of the share of a box that leaves the box it lies in; needs data.hierarchy.containers. 0 is off; ours
+    config.detection.containment_weight = 0.0
     config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
     config.detection.pre_nms = 1000  # best (anchor, phrase) pairs kept of each level
     config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes
