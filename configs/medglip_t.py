@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     )
     config.data.mixture_weights = ()  # (("data set", share), ...) of all data sets in them; () by their size, as GLIP
     config.data.balance_modalities = 0.0  # 0 as they come, 1 equal shares; a modality of n images has n ** (1 - this)
-    config.data.balance_labels = 0.0  # the same for images by their rarest label, inside data set and modality
+    config.data.balance_granularities = 0.0  # the same for images by their rarest level (lesion, organ, ...); ours
+    config.data.balance_labels = 0.0  # the same for images by their rarest label, inside the groups above
     config.data.repeat_threshold = (
         0.0  # share of images under which a label's images are repeated (LVIS: 0.001); 0 never
     )
@@ -55,6 +56,9 @@ def get_config() -> ConfigDict:
     config.data.prefix_probability = 0.25  # how often modality and body region come first ("chest x-ray: "); ours
     config.data.parents_positive_probability = 0.25  # how often broader names mean the boxes too ("lung"); ours
     config.data.hard_negative_share = 0.25  # least share of the sampled negatives from the same body region; ours
+    # Least share of the sampled negatives that are siblings of what is shown: its level, and its parent, kind or class
+    config.data.sibling_negative_share = 0.0  # 0 draws as without it; ours
+    config.data.level_negative_share = 0.0  # the same of its level (organ, lesion, ...), siblings among them; ours
     config.data.variant_probability = 0.15  # how often a phrase becomes another name of its label; ours
     config.data.hierarchy = ConfigDict()  # what batches say of broader names and of organs; docs/hierarchy.md
     # Relations of a box to a phrase that does not mean it, whose tokens then carry no loss where the box is: "is_a"
@@ -200,4 +204,6 @@ def get_config() -> ConfigDict:
 
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
+    config.evaluation.score_threshold = 0.3  # least score of a box that counts as false or inconsistent; ours
+    config.evaluation.broader_phrases = False  # ask in a second pass for broader names too ("skin lesion"); ours
     return config

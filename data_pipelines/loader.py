@@ -189,7 +189,8 @@ def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tup
     """Returns the series of records, and a name that tells it from others."""
     number = sum(split.num_examples for split in records)
     name = zlib.crc32(f"{seed} {[(split.split, split.shard_lengths) for split in records]}".encode())
-    mixed = data.mixture_weights or data.balance_modalities or data.balance_labels or data.repeat_threshold
+    balanced = data.balance_modalities or data.balance_granularities or data.balance_labels
+    mixed = data.mixture_weights or balanced or data.repeat_threshold
     if not mixed and not data.few_shot:
         return Series(number, seed), f"{name:08x}"
     index = concatenate([read_index(split) for split in records])
@@ -199,10 +200,12 @@ def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tup
         select_records(index, chosen),
         weights=data.mixture_weights,
         balance_modalities=data.balance_modalities,
+        balance_granularities=data.balance_granularities,
         balance_labels=data.balance_labels,
         repeat_threshold=data.repeat_threshold,
     )
-    return Series(number, seed, rates, sampling_order(index, seed)), f"{zlib.crc32(rates.tobytes(), name):08x}"
+    order = sampling_order(index, seed, by_level=data.balance_granularities > 0)
+    return Series(number, seed, rates, order), f"{zlib.crc32(rates.tobytes(), name):08x}"
 
 
 def train_loader(
