@@ -1,6 +1,6 @@
 """The demo's small GLIP, taught what is a kind of what and what lies in what; see docs/hierarchy.md.
 
-    python -m medglip_jax.demo --config hierarchy --workdir DIR
+python -m medglip_jax.demo --config hierarchy --workdir DIR
 """
 
 from ml_collections import ConfigDict

@@ -119,6 +119,7 @@ def get_config() -> ConfigDict:
     config.detection.score_consistency_weight = 0.0
     # Of the share of a box that leaves the box it lies in; needs data.hierarchy.containers. 0 is off; ours
     config.detection.containment_weight = 0.0
+    config.detection.raise_broader = False  # a broader phrase scores at least as its kinds in the prompt do; ours
     config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
     config.detection.pre_nms = 1000  # best (anchor, phrase) pairs kept of each level
     config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes

@@ -181,6 +181,17 @@ def find_pairs(prompt: Prompt, regions: Sequence[Region], limit: int) -> tuple[n
     return np.asarray(children, bool).reshape(shape), np.asarray(parents, bool).reshape(shape)
 
 
+def find_kinds(phrases: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the places of each phrase and each other one that is true wherever it is, by the taxonomy."""
+    labels = [known_label(phrase) for phrase in phrases]
+    return [
+        (child, parent)
+        for child, label in enumerate(labels)
+        for parent, other in enumerate(labels)
+        if other != label and relate(label, other) == IS_A
+    ]
+
+
 def find_containers(regions: Sequence[Region], example: GroundingExample) -> np.ndarray:
     """Returns float32[K, 4]: for each region the smallest box of the image that it is a part of and lies wholly in.
 

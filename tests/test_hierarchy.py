@@ -13,6 +13,7 @@ from data_pipelines.hierarchy import (
     HierarchyRule,
     find_containers,
     find_ignored,
+    find_kinds,
     find_pairs,
     known_label,
     relate,
@@ -145,6 +146,12 @@ def test_ignored_tokens_are_those_of_related_phrases_and_pairs_are_of_kinds(labe
     for child, parent in zip(children, parents_, strict=True):
         (narrow,), (broad,) = words_of(prompt, child), words_of(prompt, parent)
         assert known_label(broad) in find_broader(known_label(narrow))
+
+
+def test_kinds_among_phrases_are_told_with_all_that_they_are():
+    names = ["Melanoma", "nodule", "lesion", "skin_lesion", "skin", "thing"]
+    assert find_kinds(names) == [(0, 2), (0, 3), (1, 2), (3, 2)]
+    assert find_kinds([]) == []
 
 
 def test_pairs_of_what_the_image_shows_come_first():

@@ -125,7 +125,8 @@ def detect_records(
     """
     order = order_by_body_region(phrases)  # what may be confused stands in one prompt, as in training
     chunks = build_prompts([phrases[k] for k in order], tokenizer, config.data.max_tokens)
-    stacked = stack_prompts([prompt for prompt, _ in chunks], config.data.max_tokens)  # one shape: one compilation
+    # One shape: one compilation.
+    stacked = stack_prompts([prompt for prompt, _ in chunks], config.data.max_tokens, config.detection)
     prompts = [{key: value[i : i + 1] for key, value in stacked.items()} for i in range(len(chunks))]
     places = [[order[k] for k in indices] for _, indices in chunks]
 

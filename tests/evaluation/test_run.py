@@ -254,6 +254,21 @@ def test_several_prompts_find_what_one_prompt_finds(config, words, phantoms):
     assert_same_detections(in_one, in_many)
 
 
+def test_broader_phrases_may_be_made_to_score_as_their_kinds(config, words, phantoms):
+    model, params = words
+    chain = ("melanoma", "skin lesion", "lesion")
+
+    def rises(raised):
+        recipe = config.copy_and_resolve_references()
+        recipe.detection.raise_broader = raised
+        options = {"tokenizer": load_tokenizer(), "phrases": [*chain, "liver"]}
+        found, _ = detect_records(model, params, recipe, phantoms[1], mesh_of(2, 2, 2), **options)
+        best = [[max(each.scores[each.phrases == k], default=0) for k in range(3)] for each in found]
+        return [a <= b <= c for a, b, c in best]
+
+    assert all(rises(True)) and not all(rises(False))
+
+
 def test_one_compilation_serves_all_prompts(config, words, phantoms):
     model, params = words
     mesh = mesh_of(1, 1, 1)
