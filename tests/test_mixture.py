@@ -145,16 +145,16 @@ def test_labels_are_balanced_by_the_rarest_of_an_image_and_normal_images_are_a_g
 
 
 def leveled_index() -> RecordIndex:
-    """Images of an organ, an organ and a lesion, a lesion, an unknown label, and nothing; the modality alternates."""
-    labels = ["a"] * 12 + ["ab"] * 4 + ["c"] * 2 + ["d"] * 3 + [""] * 6
+    """Images of an organ, an organ and a lesion, an unknown label, a lesion, and nothing; the modality alternates."""
+    labels = ["a"] * 12 + ["ab"] * 4 + ["c"] * 3 + ["d"] * 2 + [""] * 6
     index = make_index(labels, modalities=[k % 2 for k in range(len(labels))])
-    return dataclasses.replace(index, label_names=("liver", "liver_tumor", "melanoma", "of nobody"))
+    return dataclasses.replace(index, label_names=("liver", "liver_tumor", "of nobody", "melanoma"))
 
 
 def test_granularity_of_an_image_is_its_rarest():
     levels = rarest_levels(leveled_index()).tolist()
     organ, lesion = GRANULARITIES.index("organ"), GRANULARITIES.index("lesion")
-    assert levels == [organ] * 12 + [lesion] * 6 + [len(GRANULARITIES)] * 3 + [-1] * 6
+    assert levels == [organ] * 12 + [lesion] * 4 + [len(GRANULARITIES)] * 3 + [lesion] * 2 + [-1] * 6
     assert rarest_levels(make_index(["", ""])).tolist() == [-1, -1]
 
 
@@ -162,8 +162,9 @@ def test_granularity_of_an_image_is_its_rarest():
 def test_granularities_are_balanced_by_temperature(temperature):
     index = leveled_index()
     rates = sampling_rates(index, balance_granularities=temperature)
-    wanted = np.asarray([12, 6, 3, 6]) ** (1 - temperature)
-    found = [part.sum() for part in np.split(rates, [12, 18, 21])]
+    images = np.bincount(rarest_levels(index) + 1)  # [without labels, region, organ, ..., unknown]
+    wanted = images ** (1 - temperature) * (images > 0)
+    found = np.bincount(rarest_levels(index) + 1, rates)
     np.testing.assert_allclose(np.divide(found, rates.sum()), wanted / wanted.sum())
     assert rates.sum() == pytest.approx(len(index))
 

@@ -130,6 +130,16 @@ def test_shares_of_siblings_of_the_level_and_of_the_body_region_are_the_least(la
             assert found >= min(int(np.ceil(share * count)) - place, possible, len(drawn))
 
 
+def test_siblings_count_towards_the_share_of_their_level():
+    options = {"sibling_share": 0.5, "level_share": 0.5}
+    levels = []
+    for seed in range(20):
+        drawn = EVERYTHING.sample_negatives(shows("liver"), np.random.default_rng(seed), 4, **options)
+        levels.append([TAXONOMY.labels[NAMES[phrase]].granularity for phrase in drawn.values()])
+    assert all(found[:2] == ["organ"] * 2 for found in levels)
+    assert any("lesion" in found[2:] for found in levels)  # the other two are of any level
+
+
 def test_of_an_image_that_shows_nothing_siblings_are_those_of_what_was_looked_for():
     example = shows(absent=("liver_cyst",))
     drawn = EVERYTHING.sample_negatives(example, np.random.default_rng(0), 5, sibling_share=1.0)
