@@ -6,7 +6,7 @@ in the left upper lobe: its box is no box of the lobe, but it lies in one.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -26,7 +26,6 @@ def known_label(*names: str) -> str:
     return next((known.id for name in names if name and (known := load_taxonomy().find(name))), "")
 
 
-@functools.lru_cache(maxsize=65536)
 def relate(label: str, other: str) -> str:
     """Returns what a box of a label is to another label, both ids of the taxonomy.
 
@@ -35,17 +34,8 @@ def relate(label: str, other: str) -> str:
         one side. "may_be": it shows the other in some images: the other is a kind of it, or the taxonomy says so of one
         of the two. "part_of": it lies in the other. "": nothing is known of the two.
     """
-    taxonomy = load_taxonomy()
-    if label not in taxonomy.labels or other not in taxonomy.labels:
-        return ""
-    if other == label or other in find_broader(label):
-        return IS_A
-    if label in find_broader(other):
-        return MAY_BE
-    for one, two in ((label, other), (other, label)):
-        if any(two == possible or two in find_broader(possible) for possible in taxonomy.labels[one].may_be):
-            return MAY_BE
-    return PART_OF if other in taxonomy.ancestors(label) else ""
+    table = _relation_table()
+    return _NAMES[table.codes[table.place(label), table.place(other)]]
 
 
 def relate_in(label: str, other: str, boxed: frozenset[str]) -> str:
@@ -53,12 +43,69 @@ def relate_in(label: str, other: str, boxed: frozenset[str]) -> str:
 
     A box of "lung" beside one of "left lung" holds both lungs, so that there the left lung is a part of it.
     """
-    relation = relate(label, other)
-    if relation == IS_A and other != label and other in boxed:
-        entry = load_taxonomy().labels[label]
-        if entry.side != "none" and other == entry.parent:
-            return PART_OF
-    return relation
+    table = _relation_table()
+    codes = _relate_all([table.place(label)], [table.place(other)], {table.place(name) for name in boxed})
+    return _NAMES[codes[0, 0]]
+
+
+_NAMES = ("", *RELATIONS)
+_IS_A, _MAY_BE, _PART_OF = range(1, len(_NAMES))
+
+
+@dataclasses.dataclass(frozen=True)
+class _RelationTable:
+    """All relations of the V labels of the taxonomy; the last row and column are of what it does not know.
+
+    Attributes:
+        places: row of each label.
+        codes: int8[V + 1, V + 1], places in `_NAMES`.
+        both_sides: int[V + 1], the place of the parent of a label of one side, -1 for others.
+    """
+
+    places: dict[str, int]
+    codes: np.ndarray
+    both_sides: np.ndarray
+
+    def place(self, label: str) -> int:
+        """Returns the row of a label."""
+        return self.places.get(label, len(self.places))
+
+
+@functools.cache
+def _relation_table() -> _RelationTable:
+    labels = load_taxonomy().labels
+    places = {label: k for k, label in enumerate(labels)}
+    codes = np.zeros((len(labels) + 1, len(labels) + 1), np.int8)
+    both_sides = np.full(len(labels) + 1, -1)
+    # The surer relations come later and stay.
+    for label, entry in labels.items():
+        codes[places[label], [places[up] for up in load_taxonomy().ancestors(label)]] = _PART_OF
+        if entry.side != "none" and entry.parent:
+            both_sides[places[label]] = places[entry.parent]
+    for label, entry in labels.items():
+        possible = [places[up] for name in entry.may_be for up in (name, *find_broader(name))]
+        possible = [place for place in possible if place != places[label]]
+        codes[places[label], possible] = codes[possible, places[label]] = _MAY_BE
+    kinds = [(places[label], places[up]) for label in labels for up in find_broader(label)]
+    for child, parent in kinds:
+        codes[parent, child] = _MAY_BE
+    for child, parent in kinds:
+        codes[child, parent] = _IS_A
+    known = np.arange(len(labels))
+    codes[known, known] = _IS_A
+    return _RelationTable(places, codes, both_sides)
+
+
+def _relate_all(labels: Sequence[int], others: Sequence[int], boxed: Iterable[int]) -> np.ndarray:
+    """Returns int8[n, m], the codes of `relate_in` of labels and others, by their places in the table."""
+    table = _relation_table()
+    rows, columns = np.asarray(labels, int), np.asarray(others, int)
+    codes = table.codes[rows[:, None], columns]
+    is_boxed = np.zeros(len(table.codes), bool)
+    is_boxed[list(boxed)] = True
+    is_whole = (table.both_sides[rows][:, None] == columns) & is_boxed[columns]
+    codes[is_whole & (codes == _IS_A)] = _PART_OF
+    return codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,37 +163,39 @@ class HierarchyRule:
         return arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class _Phrase:
-    """A phrase of a prompt: its label ("" if the taxonomy has none) and its tokens, bool[L]."""
+def _find_phrases(prompt: Prompt, regions: Sequence[Region]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the phrases of a prompt, boxed or not; of a sentence, the words of each region.
 
-    label: str
-    tokens: np.ndarray
-
-
-def _find_phrases(prompt: Prompt, regions: Sequence[Region]) -> list[_Phrase]:
-    """Returns the phrases of a prompt, boxed or not; of a sentence, the words of each region."""
-    labels = {phrase: known_label(region.label, phrase) for phrase, region in zip(prompt.phrases, regions, strict=True)}
+    Returns:
+        int[n], their places in the table, and bool[n, L], their tokens.
+    """
+    known = dict(zip(prompt.phrases, _places_of(regions), strict=True))
     if not prompt.named:
-        rows = {row.tobytes(): k for k, row in enumerate(prompt.positive_map)}
-        return [_Phrase(labels[prompt.phrases[k]], prompt.positive_map[k] > 0) for k in rows.values()]
-    places = np.arange(len(prompt.input_ids))
-    return [
-        _Phrase(labels[name] if name in labels else known_label(name), (first <= places) & (places < last))
-        for name, (first, last) in prompt.named
-    ]
+        rows = {row.tobytes(): k for k, row in enumerate(prompt.positive_map)}.values()
+        labels, tokens = [known[prompt.phrases[k]] for k in rows], prompt.positive_map[list(rows)] > 0
+    else:
+        labels = [known[name] if name in known else _place_of(name) for name, _ in prompt.named]
+        ranges, columns = np.asarray([range_ for _, range_ in prompt.named]), np.arange(len(prompt.input_ids))
+        tokens = (ranges[:, :1] <= columns) & (columns < ranges[:, 1:])
+    return np.asarray(labels, int), tokens
 
 
-def _boxed_labels(regions: Sequence[Region]) -> frozenset[str]:
-    return frozenset(known_label(region.label, region.phrase) for region in regions) - {""}
+@functools.lru_cache(maxsize=65536)
+def _place_of(*names: str) -> int:
+    """Returns the place in the table of the first of the names that the taxonomy knows."""
+    return _relation_table().place(known_label(*names))
 
 
-def _relate_region(region: Region, other: str, boxed: frozenset[str]) -> str:
-    """Returns what a region is to a label: the taxonomy's word, or else that of what the record says holds it."""
-    relation = relate_in(known_label(region.label, region.phrase), other, boxed)
-    if not relation and (holder := known_label(region.parent)) and relate(holder, other) in (IS_A, PART_OF):
-        return PART_OF
-    return relation
+def _places_of(regions: Sequence[Region]) -> list[int]:
+    return [_place_of(region.label, region.phrase) for region in regions]
+
+
+def _relate_regions(regions: Sequence[Region], others: Sequence[int] | np.ndarray, boxed: Iterable[int]) -> np.ndarray:
+    """Returns int8[n, m], what regions are to labels: the taxonomy's code, or that of what holds them in the record."""
+    codes = _relate_all(_places_of(regions), others, boxed)
+    of_holder = _relate_all([_place_of(region.parent) for region in regions], others, ())
+    codes[(codes == 0) & np.isin(of_holder, (_IS_A, _PART_OF))] = _PART_OF
+    return codes
 
 
 def find_ignored(prompt: Prompt, regions: Sequence[Region], relations: Sequence[str]) -> np.ndarray:
@@ -154,13 +203,10 @@ def find_ignored(prompt: Prompt, regions: Sequence[Region], relations: Sequence[
 
     They are those of phrases to which the region stands in one of the relations, without those that mean it.
     """
-    phrases, boxed = _find_phrases(prompt, regions), _boxed_labels(regions)
-    ignored = np.zeros(prompt.positive_map.shape, bool)
-    for row, region in zip(ignored, regions, strict=True):
-        for phrase in phrases:
-            if phrase.label and _relate_region(region, phrase.label, boxed) in relations:
-                row |= phrase.tokens
-    return ignored & (prompt.positive_map == 0)
+    labels, tokens = _find_phrases(prompt, regions)
+    codes = _relate_regions(regions, labels, _places_of(regions))
+    related = np.isin(codes, [_NAMES.index(name) for name in relations])  # [K, n]
+    return (related.astype(np.float32) @ tokens.astype(np.float32) > 0) & (prompt.positive_map == 0)
 
 
 def find_pairs(prompt: Prompt, regions: Sequence[Region], limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,17 +214,12 @@ def find_pairs(prompt: Prompt, regions: Sequence[Region], limit: int) -> tuple[n
 
     Those whose first phrase the image shows come first, then as in the prompt.
     """
-    phrases, boxed = _find_phrases(prompt, regions), _boxed_labels(regions)
-    shown = (prompt.positive_map > 0).any(axis=0)
-    pairs = [
-        (child.tokens, parent.tokens)
-        for child in sorted((p for p in phrases if p.label), key=lambda p: not (p.tokens & shown).any())
-        for parent in phrases
-        if parent.label not in ("", child.label) and relate_in(child.label, parent.label, boxed) == IS_A
-    ][:limit]
-    shape = (len(pairs), len(prompt.input_ids))
-    children, parents = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.asarray(children, bool).reshape(shape), np.asarray(parents, bool).reshape(shape)
+    labels, tokens = _find_phrases(prompt, regions)
+    codes = _relate_all(labels, labels, _places_of(regions))
+    children, parents = np.nonzero((codes == _IS_A) & (labels[:, None] != labels))
+    shown = (tokens & (prompt.positive_map > 0).any(axis=0)).any(axis=1)
+    order = np.argsort(~shown[children], kind="stable")[:limit]
+    return tokens[children[order]], tokens[parents[order]]
 
 
 def find_kinds(phrases: Sequence[str]) -> list[tuple[int, int]]:
@@ -198,17 +239,16 @@ def find_containers(regions: Sequence[Region], example: GroundingExample) -> np.
     Zeros where there is none: a mass that grows out of its organ lies in no box.
     """
     holders = [region for region in example.regions if not region.iscrowd]
-    labels = [known_label(region.label, region.phrase) for region in holders]
-    boxed = _boxed_labels(example.regions)
     found = np.zeros((len(regions), 4), np.float32)
-    if not holders:
+    if not holders or not regions:
         return found
-    boxes = np.stack([region.box for region in holders]).astype(np.float64)
+    boxes = np.stack([region.box for region in holders]).astype(np.float64)  # [m, 4]
+    inner = np.stack([region.box for region in regions]).astype(np.float64)[:, None]  # [K, 1, 4]
+    outside = np.maximum(boxes[:, :2] - inner[..., :2], inner[..., 2:] - boxes[:, 2:]).max(axis=-1)
+    codes = _relate_regions(regions, _places_of(holders), _places_of(example.regions))
+    holds = (codes == _PART_OF) & (outside <= _OUTSIDE)  # [K, m]
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    for row, region in zip(found, regions, strict=True):
-        outside = np.concatenate([boxes[:, :2] - region.box[:2], region.box[2:] - boxes[:, 2:]], axis=1)
-        inside = np.flatnonzero((outside <= _OUTSIDE).all(axis=1))
-        inside = [i for i in inside.tolist() if labels[i] and _relate_region(region, labels[i], boxed) == PART_OF]
-        if inside:
-            row[:] = boxes[min(inside, key=lambda i: areas[i])]
+    smallest = np.where(holds, areas, np.inf).argmin(axis=1)
+    held = holds.any(axis=1)
+    found[held] = boxes[smallest[held]]
     return found
