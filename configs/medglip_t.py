@@ -25,7 +25,8 @@ def get_config() -> ConfigDict:
     )
     config.data.mixture_weights = ()  # (("data set", share), ...) of all data sets in them; () by their size, as GLIP
     config.data.balance_modalities = 0.0  # 0 as they come, 1 equal shares; a modality of n images has n ** (1 - this)
-    config.data.balance_labels = 0.0  # the same for images by their rarest label, inside data set and modality
+    config.data.balance_granularities = 0.0  # the same for images by their rarest level (lesion, organ, ...); ours
+    config.data.balance_labels = 0.0  # the same for images by their rarest label, inside the groups above
     config.data.repeat_threshold = (
         0.0  # share of images under which a label's images are repeated (LVIS: 0.001); 0 never
     )
@@ -55,7 +56,16 @@ def get_config() -> ConfigDict:
     config.data.prefix_probability = 0.25  # how often modality and body region come first ("chest x-ray: "); ours
     config.data.parents_positive_probability = 0.25  # how often broader names mean the boxes too ("lung"); ours
     config.data.hard_negative_share = 0.25  # least share of the sampled negatives from the same body region; ours
+    # Least share of the sampled negatives that are siblings of what is shown: its level, and its parent, kind or class
+    config.data.sibling_negative_share = 0.0  # 0 draws as without it; ours
+    config.data.level_negative_share = 0.0  # the same of its level (organ, lesion, ...), siblings among them; ours
     config.data.variant_probability = 0.15  # how often a phrase becomes another name of its label; ours
+    config.data.hierarchy = ConfigDict()  # what batches say of broader names and of organs; docs/hierarchy.md
+    # Relations of a box to a phrase that does not mean it, whose tokens then carry no loss where the box is: "is_a"
+    # ("skin lesion" for a melanoma), "may_be", "part_of" ("lung" for a nodule); () ignores none, as GLIP
+    config.data.hierarchy.ignored = ()
+    config.data.hierarchy.max_pairs = 0  # most pairs of a phrase and a broader one in a prompt that are compared; ours
+    config.data.hierarchy.containers = False  # boxes name the box that they lie in; ours
     config.data.num_threads = 4  # decode threads of a process
     config.data.num_workers = 0  # decode processes of a process; 0 decodes in threads
     config.data.prefetch = 16  # examples decoded ahead
@@ -117,6 +127,11 @@ def get_config() -> ConfigDict:
     config.detection.token_loss_weight = 1.0  # focal loss on tokens
     config.detection.box_loss_weight = 2.0  # GIoU loss
     config.detection.centerness_loss_weight = 1.0  # centerness loss
+    # Of what a phrase's score exceeds that of a broader one by; needs data.hierarchy.max_pairs. 0 is off; ours
+    config.detection.score_consistency_weight = 0.0
+    # Of the share of a box that leaves the box it lies in; needs data.hierarchy.containers. 0 is off; ours
+    config.detection.containment_weight = 0.0
+    config.detection.raise_broader = False  # a broader phrase scores at least as its kinds in the prompt do; ours
     config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
     config.detection.pre_nms = 1000  # best (anchor, phrase) pairs kept of each level
     config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes
@@ -203,4 +218,6 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
     config.evaluation.modality_prefix = False  # evaluate and predict with prompts that begin with the modality ("CT: ")
+    config.evaluation.score_threshold = 0.3  # least score of a box that counts as false or inconsistent; ours
+    config.evaluation.broader_phrases = False  # ask in a second pass for broader names too ("skin lesion"); ours
     return config

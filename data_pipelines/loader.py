@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from data_pipelines.batches import Batch, TrainBatches, make_batches
 from data_pipelines.examples import ExampleSource, decode_example
 from data_pipelines.few_shot import choose_few
+from data_pipelines.hierarchy import HierarchyRule, find_containers, find_ignored, find_pairs
 from data_pipelines.mixture import Series, sampling_order, sampling_rates
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.record_index import concatenate, read_index, select_records
@@ -50,8 +51,9 @@ class TrainTransform:
     """Makes an example of the training batch: reads, decodes, augments, writes the prompt, pads.
 
     Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
-    `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `vocabularies` by data set, "" for all others; the
-    others as the fields of `config.data` with these names; `max_boxes` is M.
+    `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `hierarchy` says what comes beside them;
+    `vocabularies` by data set, "" for all others; the others as the fields of `config.data` with these names;
+    `max_boxes` is M.
     """
 
     source: ExampleSource
@@ -62,6 +64,7 @@ class TrainTransform:
     flip_probability: float
     max_boxes: int
     prompts: PromptRule
+    hierarchy: HierarchyRule
     tokenizer: TextTokenizer
     vocabularies: Mapping[str, Vocabulary]
 
@@ -113,6 +116,16 @@ class TrainTransform:
             raise RecipeError(
                 f"it has {count} boxes and config.data.max_boxes is {self.max_boxes}: raise that to {count} or more"
             )
+        added = self.hierarchy.make_arrays(self.max_boxes, self.prompts.max_tokens)
+        if "ignore_map" in added:
+            added["ignore_map"][:count] = find_ignored(prompt, regions, self.hierarchy.ignored)
+        if "child_map" in added:
+            for name, found in zip(
+                ("child_map", "parent_map"), find_pairs(prompt, regions, self.hierarchy.max_pairs), strict=True
+            ):
+                added[name][: len(found)] = found
+        if "container" in added:
+            added["container"][:count] = scale_boxes(find_containers(regions, example), scales)
         boxes = np.zeros((self.max_boxes, 4), np.float32)
         positive_map = np.zeros((self.max_boxes, self.prompts.max_tokens), np.float32)
         if count:
@@ -128,6 +141,7 @@ class TrainTransform:
             "positive_map": positive_map,
             "modality": np.int32(MODALITIES.index(example.modality)),
             "image_id": example.image_id,
+            **added,
         }
 
 
@@ -175,7 +189,8 @@ def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tup
     """Returns the series of records, and a name that tells it from others."""
     number = sum(split.num_examples for split in records)
     name = zlib.crc32(f"{seed} {[(split.split, split.shard_lengths) for split in records]}".encode())
-    mixed = data.mixture_weights or data.balance_modalities or data.balance_labels or data.repeat_threshold
+    balanced = data.balance_modalities or data.balance_granularities or data.balance_labels
+    mixed = data.mixture_weights or balanced or data.repeat_threshold
     if not mixed and not data.few_shot:
         return Series(number, seed), f"{name:08x}"
     index = concatenate([read_index(split) for split in records])
@@ -185,10 +200,12 @@ def _make_series(records: Sequence[Records], data: ConfigDict, seed: int) -> tup
         select_records(index, chosen),
         weights=data.mixture_weights,
         balance_modalities=data.balance_modalities,
+        balance_granularities=data.balance_granularities,
         balance_labels=data.balance_labels,
         repeat_threshold=data.repeat_threshold,
     )
-    return Series(number, seed, rates, sampling_order(index, seed)), f"{zlib.crc32(rates.tobytes(), name):08x}"
+    order = sampling_order(index, seed, by_level=data.balance_granularities > 0)
+    return Series(number, seed, rates, order), f"{zlib.crc32(rates.tobytes(), name):08x}"
 
 
 def train_loader(
@@ -226,6 +243,8 @@ def train_loader(
             modality        int32[B], positions in `schema.MODALITIES`
             image_id        str[B]
 
+        and, where `data.hierarchy` asks for them, what `HierarchyRule.make_arrays` describes, with a leading B.
+
         `get_state()` tells where it stands and `set_state(state)` goes on there, with the next batch exactly as it
         would have been; with another number of processes and the same global batch, with the same examples in the
         batches of all processes together. Call `close()` at the end.
@@ -257,6 +276,7 @@ def train_loader(
         flip_probability=data.flip_probability,
         max_boxes=data.max_boxes,
         prompts=PromptRule.from_config(data),
+        hierarchy=HierarchyRule.from_config(data.hierarchy),
         tokenizer=load_tokenizer(data.tokenizer),
         vocabularies=make_vocabularies([split.metadata for split in records]),
     )

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.record_index import RecordIndex
+from data_pipelines.schema import GRANULARITIES
+from data_pipelines.taxonomy import load_taxonomy
 
 _STEP = (5**0.5 - 1) / 2  # of the offset: no multiple of it comes near a whole number
 _ORDER, _OFFSET, _SHUFFLE = 1, 2, 3  # keep the draws of one seed apart
@@ -39,6 +41,21 @@ def rarest_labels(index: RecordIndex) -> np.ndarray:
     return np.append(order, -1)[_over_labels(np.minimum, rank, index, len(order))]
 
 
+def rarest_levels(index: RecordIndex) -> np.ndarray:
+    """Returns int64[N]: the granularity of each image that the fewest images have, -1 for an image without labels.
+
+    It is the position in `schema.GRANULARITIES` that the taxonomy gives a label, or one more for labels that it does
+    not know.
+    """
+    known = [load_taxonomy().find(name) for name in index.label_names]
+    level = [GRANULARITIES.index(entry.granularity) if entry else len(GRANULARITIES) for entry in known]
+    records = np.repeat(np.arange(len(index)), np.diff(index.label_offsets))
+    has = np.zeros((len(index), len(GRANULARITIES) + 1), bool)
+    has[records, np.asarray(level, np.int64)[index.label_ids]] = True
+    order = np.argsort(has.sum(axis=0), kind="stable")
+    return np.where(has.any(axis=1), order[np.argmax(has[:, order], axis=1)], -1)
+
+
 def _images_of_labels(index: RecordIndex) -> np.ndarray:
     return np.bincount(index.label_ids, minlength=len(index.label_names))
 
@@ -57,26 +74,33 @@ def sampling_rates(
     *,
     weights: Sequence[tuple[str, float]] = (),
     balance_modalities: float = 0.0,
+    balance_granularities: float = 0.0,
     balance_labels: float = 0.0,
     repeat_threshold: float = 0.0,
 ) -> np.ndarray:
     """Returns float64[N]: the expected visits of each record in an epoch.
 
     Their sum, the length of an epoch, is N, or more where rare labels are repeated. Data sets have exactly the shares
-    that `weights` give; modalities are balanced inside a data set then, and labels inside a modality where both are.
+    that `weights` give; modalities are balanced inside a data set then, granularities inside a modality and labels
+    inside a granularity, where several are.
 
     Args:
         index: of the N records.
         weights: (data set, share) for every data set, shares relative to their sum; () leaves them as they come.
         balance_modalities: t from 0 (as they come) to 1 (equal shares): the share of a modality with n images is
             proportional to n ** (1 - t).
+        balance_granularities: the same for groups of images with the same rarest granularity, see `rarest_levels`.
         balance_labels: the same for groups of images with the same rarest label; those without labels are a group.
         repeat_threshold: see `repeat_factors`; 0 repeats nothing.
 
     Raises:
         ValueError: a value is out of range, or the weights do not name exactly the data sets that are there.
     """
-    for name, value in {"balance_modalities": balance_modalities, "balance_labels": balance_labels}.items():
+    for name, value in {
+        "balance_modalities": balance_modalities,
+        "balance_granularities": balance_granularities,
+        "balance_labels": balance_labels,
+    }.items():
         if not 0 <= value <= 1:
             raise ValueError(f"config.data.{name} is {value}: it must be from 0 (as they come) to 1 (equal shares)")
     if not 0 <= repeat_threshold < 1:
@@ -87,11 +111,17 @@ def sampling_rates(
     rates = repeat_factors(index, repeat_threshold)
     length = rates.sum()
     pool = index.dataset.astype(np.int64) if weights else np.zeros(len(index), np.int64)
-    if balance_labels:
-        outer = _pairs(pool, index.modality) if balance_modalities else pool
-        rates = _balance(rates, _pairs(outer, rarest_labels(index)), balance_labels)
-    if balance_modalities:
-        rates = _balance(rates, _pairs(pool, index.modality), balance_modalities)
+    # Groups inside of groups, the outermost first.
+    levels: list[tuple[np.ndarray, float]] = []
+    for temperature, group in (
+        (balance_modalities, lambda: index.modality),
+        (balance_granularities, lambda: rarest_levels(index)),
+        (balance_labels, lambda: rarest_labels(index)),
+    ):
+        if temperature:
+            levels.append((_pairs(levels[-1][0] if levels else pool, group()), temperature))
+    for groups, temperature in reversed(levels):
+        rates = _balance(rates, groups, temperature)
     if weights:
         rates = rates * (shares[pool] / np.bincount(pool, rates, len(shares))[pool])
     return rates * (length / rates.sum())
@@ -137,10 +167,14 @@ def _check_weights(index: RecordIndex, weights: Sequence[tuple[str, float]]) -> 
     return np.asarray([shares.get(name, 0.0) for name in index.datasets])
 
 
-def sampling_order(index: RecordIndex, seed: int) -> np.ndarray:
-    """Returns int64[N]: the records by data set, modality and rarest label, shuffled where all three are the same."""
+def sampling_order(index: RecordIndex, seed: int, *, by_level: bool = False) -> np.ndarray:
+    """Returns int64[N]: the records by data set, modality and rarest label, shuffled where all three are the same.
+
+    With `by_level` the rarest granularity comes before the label.
+    """
     chance = np.random.default_rng([seed, _ORDER]).permutation(len(index))
-    return np.lexsort((chance, rarest_labels(index), index.modality, index.dataset))
+    level = (rarest_levels(index),) if by_level else ()
+    return np.lexsort((chance, rarest_labels(index), *level, index.modality, index.dataset))
 
 
 class Series:

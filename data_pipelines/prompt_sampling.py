@@ -39,6 +39,8 @@ class PromptRule:
         parents_positive_probability: how often broader names of what is shown are in the prompt and mean its boxes too
             ("lung" for the left lung, "skin lesion" for a melanoma).
         hard_negative_share: least share of the sampled negatives from the image's own body regions.
+        sibling_negative_share: least share of them that are siblings of what is shown, see `Vocabulary`.
+        level_negative_share: least share of them of the granularities of what is shown.
         variant_probability: how often a phrase is replaced by another name of its label.
     """
 
@@ -50,6 +52,8 @@ class PromptRule:
     prefix_probability: float
     parents_positive_probability: float
     hard_negative_share: float
+    sibling_negative_share: float
+    level_negative_share: float
     variant_probability: float
 
     def __post_init__(self) -> None:
@@ -174,7 +178,14 @@ def _sample_phrases(
     count = rule.max_negatives
     if rule.max_negatives and rng.random() >= rule.full_negatives_probability:
         count = int(rng.integers(1, rule.max_negatives, endpoint=True))
-    drawn = vocabulary.sample_negatives(example, rng, count, rule.hard_negative_share)
+    drawn = vocabulary.sample_negatives(
+        example,
+        rng,
+        count,
+        rule.hard_negative_share,
+        sibling_share=rule.sibling_negative_share,
+        level_share=rule.level_negative_share,
+    )
     # What each name is written as.
     written = {**positives, **added, **drawn}
     if rule.variant_probability:

@@ -18,6 +18,7 @@ from data_pipelines.tokenization import Encoding, TextTokenizer
 
 SEPARATOR = ". "
 _STOP = SEPARATOR.strip()
+Range = tuple[int, int]  # tokens (first, after the last)
 _NAMED = 5  # phrases that an error message lists
 _MODALITY_WORDS = {
     "xray": "x-ray",
@@ -68,6 +69,8 @@ class Prompt:
         positive_map: float32[K, L]; row k is spread evenly over the tokens of phrase k, without separators, and sums
             to 1.
         phrases: the K phrases.
+        named: every phrase of a prompt of phrases, with or without a row, and its tokens (first, after the last); () in
+            a sentence.
     """
 
     text: str
@@ -75,9 +78,7 @@ class Prompt:
     attention_mask: np.ndarray
     positive_map: np.ndarray
     phrases: tuple[str, ...]
-
-
-Range = tuple[int, int]  # tokens (first, after the last)
+    named: tuple[tuple[str, Range], ...] = ()
 
 
 def _fill_prompt(
@@ -180,7 +181,8 @@ def join_phrases(
     _check_fit(phrases, ranges, len(ids), tokenizer, max_tokens)
     rows = [[ranges[k] for k in group] for group in groups]
     names = [phrases[group[0]] for group in groups]
-    return _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, tokenizer, max_tokens)
+    prompt = _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, tokenizer, max_tokens)
+    return dataclasses.replace(prompt, named=tuple(zip(phrases, ranges, strict=True)))
 
 
 def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> Prompt:

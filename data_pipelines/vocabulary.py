@@ -2,39 +2,16 @@
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.name_index import NameIndex, find_head, fold, taxonomy_index
 from data_pipelines.schema import MODALITIES, GroundingExample, Region
 from data_pipelines.taxonomy import Label, load_taxonomy, normalize_name
 
 _REMEMBERED = 65536  # descriptions of regions whose phrases are kept
-_WORD = re.compile(r"[^\W_]+")
-_AFTER_HEAD = re.compile(r"[\s_]+(?:of|in|on|with|at|from)[\s_]+|[,(]")
-# Endings of words, and what singular and plural have in common instead: "metastasis" and "metastases", "nuclei" and
-# "nucleus". The first that fits counts.
-_ENDINGS = (
-    ("thoraces", "thorax"),
-    ("cortices", "cortex"),
-    ("apices", "apex"),
-    ("appendices", "appendix"),
-    ("calyces", "calyx"),
-    ("varices", "varix"),
-    ("mata", "ma"),
-    ("ies", "y"),
-    ("sses", "ss"),
-    ("ses", "s"),
-    ("sis", "s"),
-    ("se", "s"),
-    ("ss", "ss"),
-    ("ae", "a"),
-    ("um", "a"),
-    ("i", "u"),
-    ("s", ""),
-)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -58,6 +35,12 @@ def _unsided(entry: Label) -> tuple[str, ...]:
     """Returns the parent that is the same structure of both sides, if there is one."""
     same = entry.side != "none" and entry.id == f"{entry.side}_{entry.parent}"
     return (entry.parent,) if same else ()
+
+
+def _sibling_keys(entry: Label) -> tuple[str, ...]:
+    """Returns what two labels that are siblings have in common: their level and the same parent, kind or class."""
+    groups = {"in": (entry.parent,), "kind": entry.kind_of, "class": (entry.label_class,)}
+    return tuple(f"{entry.granularity} {of} {name}" for of, names in groups.items() for name in names if name)
 
 
 def body_regions(example: GroundingExample) -> tuple[str, ...]:
@@ -123,9 +106,11 @@ class Vocabulary:
         self._with_name = _group_indices((name,) for name in self._names)
         self._with_label = _group_indices((label,) for label in self._labels)
         self._with_kind = _group_indices(find_broader(entry.id) if entry else () for entry in known)
-        self._with_head = _group_indices((_find_head(phrase),) for phrase in everything)
+        self._levels = np.asarray([entry.granularity if entry else "" for entry in known], str)
+        self._with_sibling = _group_indices(_sibling_keys(entry) if entry else () for entry in known)
+        self._with_head = _group_indices((find_head(phrase),) for phrase in everything)
         self._has_twins = len(self._with_name) < len(everything)
-        self._index = _NameIndex(zip(self.phrases, self._names, strict=True))
+        self._index = NameIndex(zip(self.phrases, self._names, strict=True))
         self._remembered: dict[Any, np.ndarray] = {}
 
     def phrase_of(self, label: str) -> str:
@@ -136,7 +121,14 @@ class Vocabulary:
         return known.name if known else label.replace("_", " ")
 
     def sample_negatives(
-        self, example: GroundingExample, rng: np.random.Generator, count: int, hard_share: float = 0.0
+        self,
+        example: GroundingExample,
+        rng: np.random.Generator,
+        count: int,
+        hard_share: float = 0.0,
+        *,
+        sibling_share: float = 0.0,
+        level_share: float = 0.0,
     ) -> dict[str, str]:
         """Draws up to `count` phrases that the image does not show, none twice: by their normalised names.
 
@@ -148,14 +140,14 @@ class Vocabulary:
         Args:
             hard_share: least share of those after the absent ones that comes from the body regions of the image, as far
                 as there are enough; the others come from the whole vocabulary.
+            sibling_share: likewise, from the siblings of what is shown: labels of the same granularity that have the
+                same parent, are of the same kind, or of the same class. Of an image that shows nothing, those of what
+                an expert looked for.
+            level_share: likewise, from the same granularities.
         """
         regions = tuple(sorted(set(body_regions(example))))
-        possible, near = self._select_possible(example.modality, regions)
-        free = possible.copy()  # [V]
-        for region in example.regions:
-            free[self._find_blocked(region.phrase, region.label, region.parent)] = False
-        if texts := _own_sentences(example):
-            free[self._find_mentioned(texts)] = False
+        near = self._select_possible(example.modality, regions)[1]
+        free = self._find_free(example, regions)
         negatives: dict[str, str] = {}
         if example.absent:
             negatives = self._sample_absent(example, rng, count)
@@ -165,13 +157,53 @@ class Vocabulary:
         if self._has_twins:
             _, firsts = np.unique([self._names[index] for index in order], return_index=True)
             order = order[np.sort(firsts)]
-        if hard_share and regions:
-            hard = order[near[order]][: int(np.ceil(hard_share * missing))]
-            free[hard] = False
-            order = np.concatenate([hard, order[free[order]]])
+        first = order[:0]
+        for share, find_wanted in (
+            (sibling_share, lambda: self._find_relatives(example)[0]),
+            (level_share, lambda: self._find_relatives(example)[1]),
+            (hard_share if regions else 0, lambda: near),
+        ):
+            if share:  # what was taken for a share before counts towards this one
+                wanted = find_wanted()
+                lacking = int(np.ceil(share * missing)) - np.count_nonzero(wanted[first])
+                first = np.concatenate([first, order[wanted[order] & free[order]][: max(lacking, 0)]])
+                free[first] = False
+        if len(first):
+            order = np.concatenate([first, order[free[order]]])
         for index in order[:missing].tolist():
             negatives[self._names[index]] = self.phrases[index]
         return negatives
+
+    def _find_relatives(self, example: GroundingExample) -> np.ndarray:
+        """Returns bool[2, V]: the siblings of what an image shows, and what is of the same granularities."""
+        names = [region.label for region in example.regions] or example.absent
+        known = [entry for name in names if (entry := load_taxonomy().find(name))]
+        siblings = np.zeros(len(self.phrases), bool)
+        for key in {key for entry in known for key in _sibling_keys(entry)}:
+            siblings[self._with_sibling.get(key, [])] = True
+        return np.stack([siblings, np.isin(self._levels, [entry.granularity for entry in known])])
+
+    def find_absent(self, example: GroundingExample) -> tuple[str, ...]:
+        """Returns all phrases that the image surely does not show, those that an expert did not find first.
+
+        They are those of which `sample_negatives` draws.
+        """
+        names, labels = _shown(example.regions)
+        looked_for = (self.phrase_of(label) for label in example.absent if label not in labels)
+        free = self._find_free(example, tuple(sorted(set(body_regions(example)))))
+        others = (self.phrases[index] for index in np.flatnonzero(free).tolist())
+        return tuple(
+            dict.fromkeys([*(phrase for phrase in looked_for if normalize_name(phrase) not in names), *others])
+        )
+
+    def _find_free(self, example: GroundingExample, regions: tuple[str, ...]) -> np.ndarray:
+        """Returns bool[V]: what may be a negative of an image of these body regions."""
+        free = self._select_possible(example.modality, regions)[0].copy()
+        for region in example.regions:
+            free[self._find_blocked(region.phrase, region.label, region.parent)] = False
+        if texts := _own_sentences(example):
+            free[self._find_mentioned(texts)] = False
+        return free
 
     def _sample_absent(self, example: GroundingExample, rng: np.random.Generator, count: int) -> dict[str, str]:
         """Draws up to `count` phrases of the absent labels, by name, without what the image shows."""
@@ -230,9 +262,9 @@ class Vocabulary:
         kinds: set[str] = set()
         heads: set[int] = set()
         for text in texts:
-            words = _fold(text)
+            words = fold(text)
             names.update(self._index.find(words))
-            kinds.update(_taxonomy_index().find(words))
+            kinds.update(taxonomy_index().find(words))
             for word in words:
                 heads.update(self._with_head.get(word, ()))
         for label in kinds:
@@ -288,58 +320,6 @@ def make_vocabularies(tables: Sequence[Mapping[str, Any]]) -> dict[str, Vocabula
         )
         for name in names
     }
-
-
-class _NameIndex:
-    """Finds names in sentences, in the plural too.
-
-    Args:
-        owners: (name, what it stands for) pairs.
-    """
-
-    def __init__(self, owners: Iterable[tuple[str, str]]):
-        self._owners: dict[str, set[str]] = {}
-        self._longest: dict[str, int] = {}  # words of the longest name that begins with a word
-        for name, owner in owners:
-            words = _fold(name)
-            if words:
-                self._owners.setdefault(" ".join(words), set()).add(owner)
-                self._longest[words[0]] = max(self._longest.get(words[0], 0), len(words))
-
-    def find(self, words: Sequence[str]) -> Iterator[str]:
-        """Yields what the names in `_fold(text)` stand for, names inside of names included."""
-        for start, word in enumerate(words):
-            for length in range(1, self._longest.get(word, 0) + 1):
-                yield from self._owners.get(" ".join(words[start : start + length]), ())
-
-
-@functools.cache
-def _taxonomy_index() -> _NameIndex:
-    taxonomy = load_taxonomy()
-    return _NameIndex(
-        (name, id_) for id_, label in taxonomy.labels.items() for name in (*label.names, *taxonomy.variants(id_))
-    )
-
-
-def _fold(text: str) -> list[str]:
-    """Returns the words of a text in lower case, singular and plural alike, for comparison only."""
-    return [_fold_word(word) for word in _WORD.findall(text.lower())]
-
-
-@functools.lru_cache(maxsize=65536)
-def _fold_word(word: str) -> str:
-    if len(word) < 4:
-        return word
-    for ending, common in _ENDINGS:
-        if word.endswith(ending):
-            return word[: len(word) - len(ending)] + common
-    return word
-
-
-def _find_head(phrase: str) -> str:
-    """Returns the noun that a phrase is about, folded: "lobe" of "left upper lobe of the lung", "rib" of "rib 4"."""
-    words = _fold(_AFTER_HEAD.split(phrase.lower(), maxsplit=1)[0]) or _fold(phrase)
-    return next((word for word in reversed(words) if not word.isdigit()), "")
 
 
 def _ids(name: str) -> tuple[str, ...]:

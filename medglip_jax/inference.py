@@ -11,6 +11,7 @@ from flax.linen import Module
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from data_pipelines.hierarchy import find_kinds
 from data_pipelines.schema import MODALITIES
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
@@ -60,11 +61,19 @@ def prompt_length(tokens: int, max_tokens: int) -> int:
     return min([length for length in _LENGTHS if tokens <= length <= max_tokens] or [max_tokens])
 
 
-def stack_prompts(prompts: "Sequence[Prompt]", max_tokens: int) -> dict[str, np.ndarray]:
+def stack_prompts(
+    prompts: "Sequence[Prompt]", max_tokens: int, detection: ConfigDict | None = None
+) -> dict[str, np.ndarray]:
     """Pads prompts to one bucket of tokens (`prompt_length`) and of phrases (a power of two).
 
+    Args:
+        prompts: P prompts of phrases.
+        max_tokens: most tokens of a bucket.
+        detection: `config.detection` of a recipe; None is one without `raise_broader`.
+
     Returns:
-        input_ids and attention_mask int32[P, L], phrase_map float32[P, K, L] and phrase_valid bool[P, K].
+        input_ids and attention_mask int32[P, L], phrase_map float32[P, K, L] and phrase_valid bool[P, K]; with
+        `raise_broader` phrase_kinds int32[P, Q, 2] too, pairs of a phrase and a broader one (Q is a power of two).
     """
     length = prompt_length(max(int(prompt.attention_mask.sum()) for prompt in prompts), max_tokens)
     num_phrases = power_of_two(max(len(prompt.phrases) for prompt in prompts))
@@ -74,12 +83,19 @@ def stack_prompts(prompts: "Sequence[Prompt]", max_tokens: int) -> dict[str, np.
         count = len(prompt.phrases)
         phrase_map[place, :count] = prompt.positive_map[:, :length]
         phrase_valid[place, :count] = True
-    return {
+    stacked = {
         "input_ids": np.stack([prompt.input_ids[:length] for prompt in prompts]),
         "attention_mask": np.stack([prompt.attention_mask[:length] for prompt in prompts]),
         "phrase_map": phrase_map,
         "phrase_valid": phrase_valid,
     }
+    if detection is not None and detection.raise_broader:
+        pairs = [find_kinds(prompt.phrases) for prompt in prompts]
+        kinds = np.zeros((len(prompts), power_of_two(max(map(len, pairs))), 2), np.int32)  # 0, 0 changes nothing
+        for row, of_prompt in zip(kinds, pairs, strict=True):
+            row[: len(of_prompt)] = np.reshape(of_prompt, (-1, 2))
+        stacked["phrase_kinds"] = kinds
+    return stacked
 
 
 def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -> Detector:
@@ -94,17 +110,24 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
     Returns:
         detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
         float32[B, D, 4] (canvas pixels, half-open), scores float32[B, D] and phrases int32[B, D] (-1 for empty places),
-        best first. image is uint8[B, H, W, 3], image_size int32[B, 2]; the others as `stack_prompts` returns them, for
-        one prompt an image (P = B) or one for all (P = 1). A model of modalities also takes modality=, int32[B], places
-        in `schema.MODALITIES`; those that have no parts of their own, and all without it, take the shared ones.
+        best first. image is uint8[B, H, W, 3], image_size int32[B, 2]; the others, and phrase_kinds if it is there, as
+        `stack_prompts` returns them, for one prompt an image (P = B) or one for all (P = 1). A model of modalities also
+        takes modality=, int32[B], places in `schema.MODALITIES`; those that have no parts of their own, and all without
+        it, take the shared ones.
     """
     height, width = config.data.canvas
     table = modality_table(config.model.modality.names, MODALITIES)
 
     def find(
-        outputs: dict[str, jax.Array], image_size: jax.Array, phrase_map: jax.Array, phrase_valid: jax.Array
+        outputs: dict[str, jax.Array],
+        image_size: jax.Array,
+        phrase_map: jax.Array,
+        phrase_valid: jax.Array,
+        kinds: jax.Array | None,
     ) -> dict[str, jax.Array]:
-        return detect(outputs, image_size, phrase_map, phrase_valid, config.detection, canvas=(height, width))
+        return detect(
+            outputs, image_size, phrase_map, phrase_valid, config.detection, canvas=(height, width), phrase_kinds=kinds
+        )
 
     if mesh is not None:  # images do not depend on each other, which XLA does not see through top_k
         find = jax.shard_map(find, mesh=mesh, in_specs=_BATCH, out_specs=_BATCH)
@@ -120,6 +143,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
         phrase_map: jax.Array,
         phrase_valid: jax.Array,
         modality: jax.Array | None = None,
+        phrase_kinds: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         def spread(x: jax.Array) -> jax.Array:
             x = jnp.broadcast_to(x, (image.shape[0], *x.shape[1:]))
@@ -131,7 +155,8 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
             outputs = apply_model(
                 model, params, pixels, spread(input_ids), spread(attention_mask), modality=parts, train=False
             )
-        return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid))
+        kinds = None if phrase_kinds is None else spread(phrase_kinds)
+        return find(dict(outputs), image_size, spread(phrase_map), spread(phrase_valid), kinds)
 
     return detector
 

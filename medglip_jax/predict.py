@@ -287,7 +287,7 @@ class MedGLIP:
                 **options,
                 image=np.stack([canvases[image][0] for image, _ in padded]),
                 image_size=np.array([canvases[image][1] for image, _ in padded], np.int32),
-                **stack_prompts([prompt for _, prompt in padded], max_tokens),
+                **stack_prompts([prompt for _, prompt in padded], max_tokens, self.config.detection),
             )
             found = {key: np.asarray(value) for key, value in found.items()}
             rows += [{key: value[i] for key, value in found.items()} for i in range(len(batch))]

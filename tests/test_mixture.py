@@ -1,4 +1,5 @@
 import collections
+import dataclasses
 import itertools
 import math
 import pickle
@@ -8,8 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.mixture import Series, rarest_labels, repeat_factors, sampling_order, sampling_rates
+from data_pipelines.mixture import (
+    Series,
+    rarest_labels,
+    rarest_levels,
+    repeat_factors,
+    sampling_order,
+    sampling_rates,
+)
 from data_pipelines.record_index import RecordIndex
+from data_pipelines.schema import GRANULARITIES
 
 SIZES = {"large": 900, "middle": 90, "small": 9}
 WEIGHTS = (("middle", 0.3), ("small", 0.1), ("large", 0.6))
@@ -135,6 +144,58 @@ def test_labels_are_balanced_by_the_rarest_of_an_image_and_normal_images_are_a_g
     np.testing.assert_allclose(np.divide(found, rates.sum()), wanted / wanted.sum())
 
 
+def leveled_index() -> RecordIndex:
+    """Images of an organ, an organ and a lesion, an unknown label, a lesion, and nothing; the modality alternates."""
+    labels = ["a"] * 12 + ["ab"] * 4 + ["c"] * 3 + ["d"] * 2 + [""] * 6
+    index = make_index(labels, modalities=[k % 2 for k in range(len(labels))])
+    return dataclasses.replace(index, label_names=("liver", "liver_tumor", "of nobody", "melanoma"))
+
+
+def test_granularity_of_an_image_is_its_rarest():
+    levels = rarest_levels(leveled_index()).tolist()
+    organ, lesion = GRANULARITIES.index("organ"), GRANULARITIES.index("lesion")
+    assert levels == [organ] * 12 + [lesion] * 4 + [len(GRANULARITIES)] * 3 + [lesion] * 2 + [-1] * 6
+    assert rarest_levels(make_index(["", ""])).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_granularities_are_balanced_by_temperature(temperature):
+    index = leveled_index()
+    rates = sampling_rates(index, balance_granularities=temperature)
+    images = np.bincount(rarest_levels(index) + 1)  # [without labels, region, organ, ..., unknown]
+    wanted = images ** (1 - temperature) * (images > 0)
+    found = np.bincount(rarest_levels(index) + 1, rates)
+    np.testing.assert_allclose(np.divide(found, rates.sum()), wanted / wanted.sum())
+    assert rates.sum() == pytest.approx(len(index))
+
+
+def test_granularities_are_balanced_inside_modalities_and_labels_inside_granularities():
+    index = leveled_index()
+    rates = sampling_rates(index, balance_modalities=1.0, balance_granularities=1.0, balance_labels=1.0)
+    levels, labels = rarest_levels(index), rarest_labels(index)
+    assert rates[index.modality == 0].sum() == pytest.approx(rates.sum() / 2)
+    for modality in (0, 1):
+        groups = [rates[(index.modality == modality) & (levels == level)] for level in set(levels.tolist())]
+        np.testing.assert_allclose([group.sum() for group in groups], rates.sum() / 8)
+        lesions = (index.modality == modality) & (levels == GRANULARITIES.index("lesion"))
+        parts = [rates[lesions & (labels == label)].sum() for label in set(labels[lesions].tolist())]
+        np.testing.assert_allclose(parts, rates.sum() / 8 / len(parts))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_epoch_has_the_shares_of_the_granularities(seed):
+    index = leveled_index()
+    rates = sampling_rates(index, balance_granularities=1.0)
+    order = sampling_order(index, seed, by_level=True)
+    assert sorted(order.tolist()) == list(range(len(index)))
+    levels = rarest_levels(index)[order]
+    runs = [len(list(group)) for _, group in itertools.groupby(zip(index.modality[order], levels, strict=True))]
+    assert len(runs) == 8  # one of each modality and granularity
+    series = Series(len(index), seed, rates, order)
+    counts = np.bincount(rarest_levels(index)[series.epoch(seed % 5)] + 1, minlength=7)
+    assert (np.abs(counts[[0, 2, 4, 6]] - len(index) / 4) <= 2).all()  # a run in each of two modalities
+
+
 def test_weights_stay_exact_beside_balancing_which_is_inside_data_set_and_modality():
     rates = sampling_rates(INDEX, weights=WEIGHTS, balance_modalities=1.0, balance_labels=1.0, repeat_threshold=0.3)
     groups = collections.defaultdict(lambda: collections.defaultdict(lambda: collections.defaultdict(float)))
@@ -174,6 +235,7 @@ def test_rare_labels_are_repeated_as_in_lvis():
         ({"weights": tuple((name, 0) for name in SIZES)}, "all weights are 0"),
         ({"weights": ("large", 1.0)}, "expected pairs such as"),
         ({"balance_modalities": 1.5}, r"config\.data\.balance_modalities is 1\.5"),
+        ({"balance_granularities": 2}, r"config\.data\.balance_granularities is 2"),
         ({"balance_labels": -0.5}, r"config\.data\.balance_labels is -0\.5"),
         ({"repeat_threshold": 1}, r"config\.data\.repeat_threshold is 1"),
     ],

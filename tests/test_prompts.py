@@ -31,6 +31,8 @@ PLAIN = PromptRule(
     prefix_probability=0.0,
     parents_positive_probability=0.0,
     hard_negative_share=0.0,
+    sibling_negative_share=0.0,
+    level_negative_share=0.0,
     variant_probability=0.0,
 )
 
@@ -182,6 +184,15 @@ def test_long_negative_that_does_not_fit_leaves_room_for_a_short_one():
 def test_phrases_of_the_image_that_alone_do_not_fit_are_an_error():
     with pytest.raises(PromptTooLong, match="7 tokens and 6 are allowed"):
         sample(shows("left_lung", "right_lung"), max_tokens=6)
+
+
+def test_negatives_may_be_siblings_of_what_is_shown():
+    example = shows("liver_cyst")
+    for seed in range(5):
+        prompt, _ = sample(example, seed, max_negatives=6, full_negatives_probability=1.0, sibling_negative_share=1.0)
+        others = [known for name in names_in(prompt) if (known := TAXONOMY.find(name)) and known.id != "liver_cyst"]
+        assert len(others) == 6
+        assert all(other.granularity == "lesion" for other in others)
 
 
 def test_order_of_phrases_is_random():

@@ -96,6 +96,57 @@ def test_share_of_negatives_is_from_the_same_body_region(share, count, seed):
     assert regions.count("abdomen") >= share * count - 1e-9
 
 
+def is_sibling(label: str, other: str) -> bool:
+    a, b = TAXONOMY.labels[label], TAXONOMY.labels[other]
+    common = (a.parent and a.parent == b.parent) or set(a.kind_of) & set(b.kind_of) or a.label_class == b.label_class
+    return a.granularity == b.granularity and bool(common)
+
+
+@given(
+    st.lists(st.sampled_from(sorted(TAXONOMY.labels)), min_size=1, max_size=3, unique=True),
+    st.tuples(*[st.sampled_from([0.0, 0.25, 0.6, 1.0])] * 3),
+    st.integers(1, 12),
+    st.integers(0, 99),
+)
+def test_shares_of_siblings_of_the_level_and_of_the_body_region_are_the_least(labels, shares, count, seed):
+    example = shows(*labels)
+    everything = EVERYTHING.sample_negatives(example, np.random.default_rng(seed), 10**6)
+    hard, sibling, level = shares
+    options = {"hard_share": hard, "sibling_share": sibling, "level_share": level}
+    drawn = list(EVERYTHING.sample_negatives(example, np.random.default_rng(seed), count, **options).values())
+    assert len(drawn) == min(count, len(everything)) and set(drawn) <= set(everything.values())
+    shown = [TAXONOMY.labels[label] for label in labels]
+    regions, levels = {entry.body_region for entry in shown}, {entry.granularity for entry in shown}
+    properties = (
+        (sibling, lambda other: any(is_sibling(label, other.id) for label in labels)),
+        (level, lambda other: other.granularity in levels),
+        (hard, lambda other: other.body_region in regions),
+    )
+    for place, (share, has) in enumerate(properties):
+        possible = sum(has(TAXONOMY.labels[NAMES[phrase]]) for phrase in everything.values())
+        found = sum(has(TAXONOMY.labels[NAMES[phrase]]) for phrase in drawn)
+        # Where all shares have room; each share before may have been rounded up.
+        if share and sum(before for before, _ in properties[:place]) + share <= 1:
+            assert found >= min(int(np.ceil(share * count)) - place, possible, len(drawn))
+
+
+def test_siblings_count_towards_the_share_of_their_level():
+    options = {"sibling_share": 0.5, "level_share": 0.5}
+    levels = []
+    for seed in range(20):
+        drawn = EVERYTHING.sample_negatives(shows("liver"), np.random.default_rng(seed), 4, **options)
+        levels.append([TAXONOMY.labels[NAMES[phrase]].granularity for phrase in drawn.values()])
+    assert all(found[:2] == ["organ"] * 2 for found in levels)
+    assert any("lesion" in found[2:] for found in levels)  # the other two are of any level
+
+
+def test_of_an_image_that_shows_nothing_siblings_are_those_of_what_was_looked_for():
+    example = shows(absent=("liver_cyst",))
+    drawn = EVERYTHING.sample_negatives(example, np.random.default_rng(0), 5, sibling_share=1.0)
+    assert next(iter(drawn)) == "liver cyst"
+    assert all(is_sibling("liver_cyst", NAMES[phrase]) for phrase in drawn)
+
+
 def test_too_few_phrases_of_the_body_region_are_filled_up_from_elsewhere():
     vocabulary = Vocabulary({"spleen": "spleen", "heart": "heart", "trachea": "trachea"})
     assert sorted(negatives_of(shows("liver"), vocabulary, 3, hard_share=1.0)) == ["heart", "spleen", "trachea"]
@@ -129,6 +180,17 @@ def test_absent_labels_are_the_first_negatives():
         "pneumothorax",
         "trachea",
     ]
+
+
+def test_absent_phrases_are_all_that_may_be_drawn():
+    labels = {"left lung": "left_lung", "heart": "heart", "nodule": "lung_nodule", "fracture": "fracture"}
+    for exhaustive in (True, False):
+        vocabulary = Vocabulary(labels, exhaustive=exhaustive)
+        example = shows("left_lung", absent=("pneumothorax", "fracture"))
+        absent = vocabulary.find_absent(example)
+        assert absent[:2] == ("pneumothorax", "fracture") and len(set(absent)) == len(absent)
+        drawn = vocabulary.sample_negatives(example, np.random.default_rng(0), 99)
+        assert sorted(drawn.values()) == sorted(absent) and ("heart" in absent) == exhaustive
 
 
 def test_absent_label_goes_by_the_phrase_of_the_data_set():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from medglip_jax.detection.anchors import decode_boxes, level_shapes, make_anchors
 from medglip_jax.detection.assign import assign_anchors
 from medglip_jax.detection.boxes import as_float, giou, inclusive
+from medglip_jax.detection.hierarchy import hierarchy_losses
 
 
 def focal_loss(logits: jax.Array, targets: jax.Array, alpha: float, gamma: float) -> jax.Array:
@@ -52,14 +53,20 @@ def _token_loss(
     assigned: jax.Array,
     tokens: jax.Array,
     attention_mask: jax.Array,
+    ignored: jax.Array | None,
     alpha: float,
     gamma: float,
 ) -> jax.Array:
-    """Returns the sum of the focal loss over anchors and real tokens; tokens [B, M, L] bool, assigned [B, N]."""
+    """Returns the sum of the focal loss over anchors and the real tokens that are not ignored for their boxes; tokens
+    and ignored [B, M, L] bool, assigned [B, N]."""
     targets = jnp.take_along_axis(tokens, jnp.maximum(assigned, 0)[..., None], axis=1)  # [B, N, L]
     targets &= (assigned >= 0)[..., None]
     losses = focal_loss(token_logits, targets, alpha, gamma)
-    return jnp.sum(losses, where=(attention_mask > 0)[:, None])
+    counted = (attention_mask > 0)[:, None]
+    if ignored is not None:
+        of_box = jnp.take_along_axis(ignored, jnp.maximum(assigned, 0)[..., None], axis=1)  # [B, N, L]
+        counted &= ~of_box | (assigned < 0)[..., None]
+    return jnp.sum(losses, where=counted)
 
 
 class Targets(NamedTuple):
@@ -123,21 +130,24 @@ def detection_losses(
     """Computes the training loss of a batch.
 
     An anchor is positive when ATSS gives it to a box that has tokens. Token targets are 1 on the tokens of that box's
-    phrase (`positive_map > 0`) and 0 elsewhere; padding tokens carry no loss. The token loss and the centerness loss
+    phrase (`positive_map > 0`) and 0 elsewhere; padding tokens carry no loss, nor do those that `ignore_map` marks for
+    the box of an anchor. The token loss and the centerness loss
     are divided by the number of positives, the box loss by the sum of the centerness targets that weigh it, neither by
     less than 1. Anchors in the padding of the canvas are background.
 
     Args:
         outputs: the detector's token_logits [B, N, L], box_deltas [B, N, 4] and centerness [B, N] (logits).
         batch: image [B, H, W, 3] (its shape alone is read), attention_mask [B, L], boxes [B, M, 4] (half-open canvas
-            pixels), box_mask [B, M], positive_map [B, M, L].
+            pixels), box_mask [B, M], positive_map [B, M, L]; ignore_map bool[B, M, L] if there is one, and what
+            `hierarchy_losses` reads.
         config: `config.detection` of a recipe.
         normalizers: of the batch that this one is a part of, whose losses then sum to those of the whole; None takes
             this batch for the whole.
 
     Returns:
         Scalars of float32, or float64 where the outputs are: loss (the weighted sum), loss_token, loss_box,
-        loss_centerness (each with its weight), num_positives (of this batch).
+        loss_centerness (each with its weight), num_positives (of this batch), and the terms of `hierarchy_losses`,
+        which are in the loss.
 
     Raises:
         ValueError: the outputs do not have the number of anchors that the image's size gives.
@@ -157,11 +167,15 @@ def detection_losses(
     normalizer = jnp.maximum(totals.num_positives, 1)
 
     # Recomputed in the backward pass: nothing of size [B, N, L] is kept for it but the logits.
-    token_loss = jax.checkpoint(_token_loss, static_argnums=(4, 5))
+    token_loss = jax.checkpoint(_token_loss, static_argnums=(5, 6))
     tokens, real = jnp.asarray(batch["positive_map"]) > 0, jnp.asarray(batch["attention_mask"])
-    loss_token = token_loss(token_logits, targets.assigned, tokens, real, config.focal_alpha, config.focal_gamma)
+    ignored = jnp.asarray(batch["ignore_map"]) if "ignore_map" in batch else None
+    loss_token = token_loss(
+        token_logits, targets.assigned, tokens, real, ignored, config.focal_alpha, config.focal_gamma
+    )
 
-    overlap = giou(inclusive(decode_boxes(targets.anchors, deltas)), targets.boxes)
+    predicted = decode_boxes(targets.anchors, deltas)
+    overlap = giou(inclusive(predicted), targets.boxes)
     loss_box = jnp.sum(quality * (1 - overlap), where=positive)
     # Binary cross-entropy against a soft target, from the logit.
     loss_centerness = jnp.sum(jax.nn.softplus(centerness) - quality * centerness, where=positive)
@@ -169,10 +183,15 @@ def detection_losses(
     loss_token = config.token_loss_weight * loss_token / normalizer
     loss_box = config.box_loss_weight * loss_box / jnp.maximum(totals.quality, 1)
     loss_centerness = config.centerness_loss_weight * loss_centerness / normalizer
+    loss = loss_token + loss_box + loss_centerness
+    added = hierarchy_losses(token_logits, predicted, targets, batch, config, totals)
+    for term in added.values():
+        loss += term
     return {
-        "loss": loss_token + loss_box + loss_centerness,
+        "loss": loss,
         "loss_token": loss_token,
         "loss_box": loss_box,
         "loss_centerness": loss_centerness,
         "num_positives": counted.num_positives,
+        **added,
     }

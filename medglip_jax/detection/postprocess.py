@@ -27,6 +27,16 @@ def phrase_scores(token_logits: jax.Array, phrase_map: jax.Array) -> jax.Array:
     return jnp.einsum("...nl,...kl->...nk", jax.nn.sigmoid(token_logits), weights, precision=jax.lax.Precision.HIGHEST)
 
 
+def raise_broader(scores: jax.Array, kinds: jax.Array) -> jax.Array:
+    """Returns scores in which that of a broader phrase is at least that of each of its kinds, at the same anchor.
+
+    Args:
+        scores: float[N, K].
+        kinds: int32[Q, 2], phrase and broader phrase of each pair; kinds of kinds are pairs of their own.
+    """
+    return scores.at[:, kinds[:, 1]].max(scores[:, kinds[:, 0]])
+
+
 def _detect_one(
     scores: jax.Array,
     deltas: jax.Array,
@@ -71,6 +81,7 @@ def detect(
     config: ConfigDict | FrozenConfigDict,
     *,
     canvas: tuple[int, int],
+    phrase_kinds: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Finds the boxes of each phrase in each image of a batch; static shapes, for use inside jit.
 
@@ -93,6 +104,7 @@ def detect(
         phrase_valid: bool[K] or [B, K], False for padding, which is never detected.
         config: `config.detection` of a recipe.
         canvas: height and width in pixels of the images that the model saw (static).
+        phrase_kinds: int32[B, Q, 2], pairs for `raise_broader`; None leaves the scores as they are.
 
     Returns:
         boxes [B, D, 4] (half-open canvas pixels inside image_size), scores [B, D] and phrases int32[B, D] (row of
@@ -114,6 +126,8 @@ def detect(
     phrase_map = jnp.broadcast_to(phrase_map, (batch_size, num_phrases, num_tokens))
     phrase_valid = jnp.broadcast_to(phrase_valid, (batch_size, num_phrases))
     scores = phrase_scores(token_logits, phrase_map) * phrase_valid[:, None]
+    if phrase_kinds is not None:
+        scores = jax.vmap(raise_broader)(scores, phrase_kinds)
     anchors = jnp.asarray(all_anchors, deltas.dtype)
     detect_one = functools.partial(_detect_one, anchors=anchors, level_sizes=level_sizes, config=config)
     return jax.vmap(detect_one)(scores, deltas, centerness, jnp.asarray(image_size))

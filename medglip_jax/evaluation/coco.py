@@ -28,6 +28,7 @@ class GroundTruth:
         boxes: float[n, 4], x0 y0 x1 y1 in the image's pixels, half-open.
         phrases: one a box.
         iscrowd: bool[n]; detections in a crowd are neither right nor wrong.
+        absent: phrases that the image surely does not show.
     """
 
     image_id: str
@@ -36,9 +37,10 @@ class GroundTruth:
     boxes: np.ndarray
     phrases: tuple[str, ...]
     iscrowd: np.ndarray
+    absent: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, example: GroundingExample) -> "GroundTruth":
+    def of(cls, example: GroundingExample, absent: Iterable[str] = ()) -> "GroundTruth":
         """Takes what the metrics need from a record."""
         regions = example.regions
         return cls(
@@ -48,6 +50,7 @@ class GroundTruth:
             boxes=np.array([region.box for region in regions], np.float32).reshape(-1, 4),
             phrases=tuple(region.phrase for region in regions),
             iscrowd=np.array([region.iscrowd for region in regions], bool),
+            absent=tuple(absent),
         )
 
 

@@ -20,26 +20,57 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _table(title: str, entries: Mapping[str, Mapping[str, Any]], count: str) -> Table:
+_SHARES = {"accuracy": "Acc@0.5", "pointing": "pointing", "false_phrases": "absent boxed"}  # columns of grounding
+
+
+def _table(title: str, entries: Mapping[str, Mapping[str, Any]], count: str, shares: Mapping[str, str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("")
-    for name in ("AP", "AP50", count):
+    for name in ("AP", "AP50", *shares.values(), count):
         table.add_column(name, justify="right")
     for name, entry in entries.items():
-        table.add_row(name, _percent(entry["AP"]), _percent(entry["AP50"]), str(entry[count]))
+        values = [_percent(entry[share]) for share in ("AP", "AP50", *shares)]
+        table.add_row(name, *values, str(entry[count]))
     return table
 
 
+def _sentences(results: Mapping[str, Any]) -> str:
+    """Returns what the columns of grounding mean, and how far the boxes agree with the hierarchy."""
+    consistency, threshold = results["consistency"], results["score_threshold"]
+    lines = [
+        f"Acc@0.5 {_percent(results['accuracy'])}, pointing {_percent(results['pointing'])}: best boxes that meet a "
+        "true one at IoU 0.5, whose centre is in one",
+        f"absent boxed {_percent(results['false_phrases'])}: absent phrases with a box of score {threshold:g} and "
+        f"more, in {_percent(results['false_images'])} of images",
+        f"of such boxes {_percent(consistency['score_violations'])} score above a broader name of theirs, and "
+        f"{_percent(consistency['outside'])} lie mostly outside of their organ",
+    ]
+    if broader := results.get("broader"):
+        lines.append(
+            f"{broader['phrases']} broader names: AP {_percent(broader['AP'])}  AP50 {_percent(broader['AP50'])}  "
+            f"Acc@0.5 {_percent(broader['accuracy'])}"
+        )
+    return "\n".join(lines)
+
+
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints results as tables, in percent: phrases with ground truth (most boxes first), then modalities, then all."""
+    """Prints results as tables, in percent: phrases with ground truth (most boxes first), levels, modalities, and all.
+
+    What older results lack is left out.
+    """
     console = console or Console()
     shown = {name: entry for name, entry in results["per_class"].items() if entry["count"]}
     ordered = dict(sorted(shown.items(), key=lambda item: (-item[1]["count"], item[0])))
-    console.print(_table("Phrases", ordered, "count"))
+    console.print(_table("Phrases", ordered, "count", {}))
     if missing := len(results["per_class"]) - len(shown):
         console.print(f"not shown by any image: {missing} more", highlight=False)
+    grounded = "per_level" in results
+    if grounded:
+        console.print(_table("Levels", results["per_level"], "count", _SHARES))
     if len(results["per_modality"]) > 1:
-        console.print(_table("Modalities", results["per_modality"], "images"))
+        console.print(_table("Modalities", results["per_modality"], "images", _SHARES if grounded else {}))
+    if grounded:
+        console.print(_sentences(results), highlight=False)
     console.print(
         f"[bold]AP {_percent(results['AP'])}  AP50 {_percent(results['AP50'])}  AP75 {_percent(results['AP75'])}[/bold]"
         f"  on {results['images']} images, {results['images_per_second']:.1f} images/s",

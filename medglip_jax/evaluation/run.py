@@ -24,11 +24,19 @@ from data_pipelines.text import (
     build_prompts,
     load_tokenizer,
     make_prefix,
+    make_vocabularies,
     order_by_body_region,
 )
 from data_pipelines.transforms import decode_image
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
+from medglip_jax.evaluation.levels import (
+    add_levels,
+    broader_phrases,
+    label_phrases,
+    measure_broader,
+    measure_consistency,
+)
 from medglip_jax.inference import Detections, Detector, make_detector, merge, stack_prompts
 from medglip_jax.parallel.mesh import batch_parts, describe_parts, to_global
 
@@ -91,9 +99,18 @@ def _detect_batches(
 
 
 def make_prompts(
-    phrases: Sequence[str], prefixes: Sequence[str], tokenizer: TextTokenizer, max_tokens: int
+    phrases: Sequence[str],
+    prefixes: Sequence[str],
+    tokenizer: TextTokenizer,
+    max_tokens: int,
+    detection: ConfigDict | None = None,
 ) -> tuple[list[dict[str, np.ndarray]], list[list[int]]]:
     """Spreads phrases over prompts, the same for each prefix.
+
+    Args:
+        phrases, prefixes: what to ask for, and the words before it.
+        tokenizer, max_tokens: of the prompts.
+        detection: `config.detection`, for `stack_prompts`.
 
     Returns:
         Of each prompt its arrays, as `stack_prompts` returns them, with a row for each prefix, all prompts in one shape
@@ -106,7 +123,7 @@ def make_prompts(
         for _, indices in chunks
         for prefix in prefixes
     ]
-    stacked, count = stack_prompts(rows, max_tokens), len(prefixes)
+    stacked, count = stack_prompts(rows, max_tokens, detection), len(prefixes)
     prompts = [{key: x[i * count : (i + 1) * count] for key, x in stacked.items()} for i in range(len(chunks))]
     return prompts, [indices for _, indices in chunks]
 
@@ -145,7 +162,9 @@ def detect_records(
     """
     order = order_by_body_region(phrases)  # what may be confused stands in one prompt, as in training
     prefixes = [make_prefix(name) for name in MODALITIES] if config.evaluation.modality_prefix else [""]
-    prompts, chunks = make_prompts([phrases[k] for k in order], prefixes, tokenizer, config.data.max_tokens)
+    prompts, chunks = make_prompts(
+        [phrases[k] for k in order], prefixes, tokenizer, config.data.max_tokens, config.detection
+    )
     places = [[order[k] for k in indices] for indices in chunks]
 
     by_index: dict[int, Detections] = {}
@@ -185,11 +204,11 @@ def evaluate_records(
     detector: Detector | None = None,
     between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measures average precision on records, asking for every phrase of their metadata in every image.
+    """Measures average precision and grounding on records, asking for every phrase of their metadata in every image.
 
     Args:
         model, params: the detector and its parameters, on the mesh.
-        config: a recipe; reads `data` and `detection`.
+        config: a recipe; reads `data`, `detection` and `evaluation`.
         records_path: DIR or DIR:SPLIT.
         mesh: from `make_mesh`.
         tokenizer: of the checkpoint; None loads `data.tokenizer`.
@@ -198,8 +217,9 @@ def evaluate_records(
         detector, between_batches: as in `detect_records`.
 
     Returns:
-        What `average_precision` returns, with "seconds" of the whole evaluation and "images_per_second" of detection;
-        the same on every process. All of it goes into JSON.
+        What `average_precision` returns, with what `add_levels` adds. With `evaluation.broader_phrases` also "broader",
+        of `measure_broader` and of a second pass, and "consistency" is of that one. With "seconds" of the whole
+        evaluation and "images_per_second" of detection; the same on every process. All of it goes into JSON.
 
     Raises:
         ValueError: the records hold no phrases or no images, the batch size does not fit the mesh, or the contact sheet
@@ -214,28 +234,44 @@ def evaluate_records(
     if sheet:
         _check_sheet(sheet, sheet_images)
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer)
-    detections, speed = detect_records(
-        model,
-        params,
-        config,
-        records_path,
-        mesh,
-        tokenizer=tokenizer,
-        phrases=phrases,
-        detector=detector,
-        between_batches=between_batches,
-    )
+
+    def detect(asked: Sequence[str]) -> tuple[list[Detections], float]:
+        return detect_records(
+            model,
+            params,
+            config,
+            records_path,
+            mesh,
+            tokenizer=tokenizer,
+            phrases=asked,
+            detector=detector,
+            between_batches=between_batches,
+        )
+
+    detections, speed = detect(phrases)
+    labels = label_phrases(phrases, records.metadata["phrases"])
+    broader = broader_phrases(labels) if config.evaluation.broader_phrases else {}
+    asked = list(dict.fromkeys([*phrases, *broader]))
+    # Broader phrases are asked beside the others, and apart from the pass whose numbers are compared.
+    wide = detect(asked)[0] if broader else detections
     results = None
     if jax.process_index() == 0:  # only one reads the truth
         truth, entries = [], []
+        vocabularies = make_vocabularies([records.metadata])
         shown = set(np.linspace(0, records.num_examples - 1, sheet_images).astype(int)) if sheet else set()
         for index, example in enumerate(read_examples(records)):
-            truth.append(GroundTruth.of(example))
+            vocabulary = vocabularies.get(example.dataset) or vocabularies[""]
+            truth.append(GroundTruth.of(example, vocabulary.find_absent(example)))
             if index in shown:
                 entries.append(_sheet_entry(decode_image(example.image), truth[-1], detections[index], phrases))
         if sheet:
             contact_sheet(entries, sheet)
         results = average_precision(truth, detections, phrases)
+        threshold = config.evaluation.score_threshold
+        add_levels(results, truth, detections, phrases, records.metadata["phrases"], threshold)
+        if broader:
+            results["broader"] = measure_broader(truth, wide, asked, labels, broader)
+            results["consistency"] = measure_consistency(truth, wide, asked, labels | broader, threshold)
         results |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
     return _broadcast(results)
 

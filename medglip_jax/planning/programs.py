@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from data_pipelines.hierarchy import HierarchyRule
 from medglip_jax.inference import make_detector, parameter_shapes, power_of_two
 from medglip_jax.model.detector import GLIP
 from medglip_jax.model.lora import without_adapters
@@ -50,6 +51,8 @@ def train_batch(config: ConfigDict, images: int, sharding: Any) -> dict[str, jax
     }
     if config.model.modality.names:
         shapes["modality"] = ((), jnp.int32)
+    hierarchy = HierarchyRule.from_config(config.data.hierarchy).make_arrays(boxes, tokens)
+    shapes |= {name: (x.shape, x.dtype) for name, x in hierarchy.items()}
     return {
         name: jax.ShapeDtypeStruct((images, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()

@@ -71,9 +71,9 @@ def make_train_step(
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
-        box_mask and positive_map, and modality where that has names; other keys are ignored. Metrics are float32
-        scalars: loss, loss_token, loss_box, loss_centerness, num_positives, grad_norm (before clipping, of what
-        trains), learning_rate, with a classifier loss_modality and modality_accuracy; and finite, bool:
+        box_mask, positive_map, modality where that has names, and what else `detection_losses` reads; other keys are
+        ignored. Metrics are float32 scalars: those of `detection_losses`, grad_norm (before clipping, of what trains),
+        learning_rate, with a classifier loss_modality and modality_accuracy; and finite, bool:
         whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
         `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
 

@@ -7,7 +7,7 @@ import pytest
 
 from configs.medglip_t import get_config
 from medglip_jax.detection.anchors import encode_boxes, make_anchors
-from medglip_jax.detection.postprocess import detect, phrase_scores
+from medglip_jax.detection.postprocess import detect, phrase_scores, raise_broader
 
 CONFIG = get_config().detection
 CANVAS = (64, 96)
@@ -103,6 +103,13 @@ def test_boxes_are_clipped_to_the_image_and_not_to_the_canvas():
     found = run(outputs, sizes(size=(40, 60)), PHRASE_MAP, np.ones(3, bool))
     np.testing.assert_allclose(found["boxes"][0, 0], [0, 0, 60, 40], atol=1e-4)
     assert found["phrases"][0, 1] == -1
+
+
+def test_broader_phrase_scores_at_least_as_its_kinds_at_every_anchor():
+    scores = jnp.float32([[0.9, 0.1, 0.4, 0.0], [0.2, 0.5, 0.6, 0.0]])
+    kinds = jnp.int32([[0, 1], [2, 1], [2, 3], [0, 0]])  # the last one is padding
+    np.testing.assert_allclose(raise_broader(scores, kinds), [[0.9, 0.9, 0.4, 0.4], [0.2, 0.6, 0.6, 0.6]])
+    np.testing.assert_array_equal(raise_broader(scores, jnp.zeros((2, 2), jnp.int32)), scores)
 
 
 def test_no_more_candidates_a_level_than_asked():

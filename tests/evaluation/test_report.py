@@ -40,6 +40,23 @@ def test_a_failed_write_keeps_the_older_file(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_table_tells_levels_absent_phrases_and_agreement_where_they_were_measured():
+    shares = {"accuracy": 0.875, "pointing": 1.0, "false_phrases": 0.125, "false_images": None}
+    levels = {"organ": {"AP": 0.5, "AP50": None, "count": 9, **shares}}
+    modalities = {name: entry | shares for name, entry in RESULTS["per_modality"].items()}
+    consistency = {"score_violations": 0.25, "outside": None}
+    added = {"per_level": levels, "per_modality": modalities, "score_threshold": 0.3, "consistency": consistency}
+    broader = {"phrases": 3, "AP": 0.1, "AP50": 0.2, "accuracy": 0.3}
+    console = Console(record=True, width=140, file=io.StringIO())
+    print_results({**RESULTS, **shares, **added, "broader": broader}, console)
+    text = console.export_text()
+    assert "Acc@0.5 87.5, pointing 100.0" in text and "score 0.3 and more, in - of images" in text
+    assert "25.0 score above a broader name" in text and "3 broader names: AP 10.0  AP50 20.0  Acc@0.5 30.0" in text
+    row = next(line for line in text.splitlines() if "organ" in line and "50.0" in line)
+    cells = [cell.strip() for cell in row.strip("│┃ ").split("│")]
+    assert cells == ["organ", "50.0", "-", "87.5", "100.0", "12.5", "9"]
+
+
 def test_table_lists_phrases_by_count_and_percentages():
     console = Console(record=True, width=100, file=io.StringIO())
     print_results(RESULTS, console)

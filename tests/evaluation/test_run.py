@@ -167,6 +167,7 @@ def oracle(config, records, rename=lambda phrase: phrase):
 def test_true_boxes_have_average_precision_one(config, annotated):
     results = evaluate_records(None, None, config, annotated, mesh_of(4, 1, 1), detector=oracle(config, annotated))
     assert results["AP"] == results["AP50"] == results["AP75"] == 1
+    assert results["accuracy"] == results["pointing"] == 1 and results["false_phrases"] == 0
     assert results["images"] == 10 and results["images_per_second"] > 0 and results["seconds"] > 0
     assert set(results["per_class"]) == set(PHRASES)
     assert all(entry["AP"] == 1 for entry in results["per_class"].values())
@@ -222,11 +223,18 @@ def test_results_have_every_phrase_and_modality_on_any_mesh(config, words, phant
     model, params = words
     alone = evaluate_records(model, params, config, phantoms[1], mesh_of(1, 1, 1))
     sheet = tmp_path / "new" / "sheet.png"
-    spread = evaluate_records(model, params, config, phantoms[1], mesh_of(2, 2, 2), sheet=sheet, sheet_images=3)
+    asked = config.copy_and_resolve_references()
+    asked.evaluation.broader_phrases = True
+    spread = evaluate_records(model, params, asked, phantoms[1], mesh_of(2, 2, 2), sheet=sheet, sheet_images=3)
+    assert json.loads(json.dumps(spread, allow_nan=False)) == spread
+    broader = spread.pop("broader")
+    assert {"lesion", "lung opacity", "blood vessel", "bone"} <= set(broader["per_class"]) and broader["AP"] is not None
+    assert spread["consistency"]["pairs"] > alone["consistency"]["pairs"]
     assert set(alone["per_class"]) == set(phantoms[0].metadata["phrases"])
     assert set(alone["per_modality"]) == {example.modality for example in read_examples(phantoms[0])}
-    for results in (alone, spread):
-        del results["seconds"], results["images_per_second"]
+    assert {"organ", "lesion"} <= set(alone["per_level"]) and alone["absent"] > 0
+    for results in (alone, spread):  # what broader names are asked for does not change the rest
+        del results["seconds"], results["images_per_second"], results["consistency"]
     assert spread == jax.tree.map(lambda x: pytest.approx(x, abs=1e-6), alone)
     with Image.open(sheet) as image:
         assert image.width > 3 * 300
@@ -244,6 +252,21 @@ def test_several_prompts_find_what_one_prompt_finds(config, words, phantoms):
     shown = {int(phrase) for found in in_one for phrase in found.phrases}
     assert all(shown & set(places) for _, places in prompts)
     assert_same_detections(in_one, in_many)
+
+
+def test_broader_phrases_may_be_made_to_score_as_their_kinds(config, words, phantoms):
+    model, params = words
+    chain = ("melanoma", "skin lesion", "lesion")
+
+    def rises(raised):
+        recipe = config.copy_and_resolve_references()
+        recipe.detection.raise_broader = raised
+        options = {"tokenizer": load_tokenizer(), "phrases": [*chain, "liver"]}
+        found, _ = detect_records(model, params, recipe, phantoms[1], mesh_of(2, 2, 2), **options)
+        best = [[max(each.scores[each.phrases == k], default=0) for k in range(3)] for each in found]
+        return [a <= b <= c for a, b, c in best]
+
+    assert all(rises(True)) and not all(rises(False))
 
 
 def test_one_compilation_serves_all_prompts(config, words, phantoms):
