@@ -1,8 +1,9 @@
 """GLIP-T that knows of modalities: cheap parts of its own for each, one text encoder, one tower.
 
 Each of eleven modalities has a patch embedding, norms and biases and adapters of the backbone, and embeddings of image
-and text, and the classifier: 3.1 M parameters on top of GLIP-T's 231.8 M. It starts from a plain GLIP as that one is, and keeps the shared
-parts alive with a tenth of the images. docs/modalities.md tells more. Not measured at this size.
+and text; with a classifier of modalities these are 3.1 M parameters on top of GLIP-T's 231.8 M. A run starts with the
+outputs of the plain GLIP it is given, and keeps the shared parts alive with a tenth of the images. docs/modalities.md
+tells more. Not measured at this size.
 
     python -m medglip_jax.train --config configs/modality.py --workdir DIR --config.init.model=MODEL \\
         --config.data.train=RECORDS:train --config.data.eval=RECORDS:validation

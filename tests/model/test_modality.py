@@ -144,9 +144,11 @@ def test_a_detector_starts_as_the_plain_one_and_is_a_plain_one_for_each_modality
     params = moved(started)
     found = detect(params)
     for image, name in enumerate(["ct", "", "mri"]):
-        for output, x in detect_plainly(merge_modality(params, whole.model, name)).items():
+        merged = detect_plainly(merge_modality(params, whole.model, name))
+        for output, x in merged.items():
             np.testing.assert_allclose(found[output][image], x[image], **close)
-            assert name == "" or np.abs(x - expected[output])[image].max() > 1e-3
+        change = max(np.abs(x - expected[output])[image].max() for output, x in merged.items())
+        assert change > 1e-4 if name else change == 0
     with pytest.raises(ValueError, match="'pet' has no parts of its own in this model: ct, mri has"):
         merge_modality(params, whole.model, "pet")
 
@@ -228,11 +230,15 @@ def started_over(tree):
 
 
 def test_drop_path_is_drawn_by_image_whatever_its_slot():
-    index = np.array([1, 0, 2, 1, 1, 0])
-    groups = plan_groups(jnp.asarray(index), 3, 2)
-    x, key = np.ones((6, 3), np.float32), {"dropout": jax.random.key(0)}
-    alone = DropPath(0.5).apply({}, x, True, rngs=key)
+    index, key = np.array([1, 0, 2, 1, 1, 0]), {"dropout": jax.random.key(0)}
+
+    @jax.jit
+    def drop(x):
+        groups = plan_groups(jnp.asarray(index), 3, 2)
+        slots = {MODALITY: {"slots": groups.slots, "places": groups.places}}
+        found = DropPath(0.5).apply(slots, move(x, groups.slots), True, rngs=key)
+        return DropPath(0.5).apply({}, x, True, rngs=key), move(found, groups.places)
+
+    alone, found = drop(np.ones((6, 3), np.float32))
     assert 0 < np.count_nonzero(alone) < alone.size
-    slots = {"slots": groups.slots, "places": groups.places}
-    found = DropPath(0.5).apply({"modality": slots}, move(x, groups.slots), True, rngs=key)
-    np.testing.assert_array_equal(move(found, groups.places), alone)
+    np.testing.assert_array_equal(found, alone)
