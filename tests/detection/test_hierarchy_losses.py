@@ -180,6 +180,20 @@ def test_the_terms_of_micro_batches_sum_to_those_of_the_batch():
         np.testing.assert_allclose(sum(part[name] for part in parts), expected[name], rtol=1e-5)
 
 
+def test_on_a_mesh_the_terms_are_the_same_and_no_image_leaves_its_device():
+    batch = {k: np.concatenate([v] * 4) for k, v in hierarchy_batch().items()}
+    outputs = {k: jnp.concatenate([v, -v, 2 * v, -2 * v]) for k, v in random_outputs().items()}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.device_put((outputs, batch), jax.NamedSharding(mesh, jax.P("data")))
+    program = losses_and_gradients.lower(*placed).compile()
+    (found, gradients), (expected, alone) = program(*placed), losses_and_gradients(outputs, batch)
+    for name in TERMS:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    for name, gradient in alone.items():
+        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    assert "all-gather" not in program.as_text() and "all-to-all" not in program.as_text()
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
