@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from data_pipelines.batches import Batch, TrainBatches, make_batches
 from data_pipelines.examples import ExampleSource, decode_example
 from data_pipelines.few_shot import choose_few
+from data_pipelines.mask_targets import MaskRule
 from data_pipelines.mixture import Series, sampling_order, sampling_rates
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.record_index import concatenate, read_index, select_records
@@ -51,7 +52,8 @@ class TrainTransform:
 
     Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
     `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `vocabularies` by data set, "" for all others; the
-    others as the fields of `config.data` with these names; `max_boxes` is M.
+    others as the fields of `config.data` with these names; `max_boxes` is M; `masks` says which masks a row has, None
+    for none at all.
     """
 
     source: ExampleSource
@@ -64,6 +66,7 @@ class TrainTransform:
     prompts: PromptRule
     tokenizer: TextTokenizer
     vocabularies: Mapping[str, Vocabulary]
+    masks: MaskRule | None = None
 
     def __post_init__(self) -> None:
         low, high = self.scale_range
@@ -99,6 +102,12 @@ class TrainTransform:
         flip = rng.random() < self.flip_probability
         scale = rng.uniform(*self.scale_range)
         pixels, size, scales = resize_into(decode_example(example), self.canvas, scale, flip)
+        # Mirroring run lengths costs more than all the rest: masks are set aside, and mirrored as pixels.
+        masks = [region.mask for region in example.regions]
+        if self.masks:
+            example = dataclasses.replace(
+                example, regions=tuple(dataclasses.replace(region, mask=None) for region in example.regions)
+            )
         if flip:
             example = flip_annotations(example)
         prompt, regions = sample_prompt(
@@ -118,7 +127,7 @@ class TrainTransform:
         if count:
             boxes[:count] = scale_boxes(np.stack([region.box for region in regions]), scales)
             positive_map[:count] = prompt.positive_map
-        return {
+        row = {
             "image": pixels,
             "image_size": np.asarray(size, np.int32),
             "input_ids": prompt.input_ids,
@@ -129,6 +138,19 @@ class TrainTransform:
             "modality": np.int32(MODALITIES.index(example.modality)),
             "image_id": example.image_id,
         }
+        if self.masks:
+            place = {id(region): i for i, region in enumerate(example.regions)}
+            row |= self.masks.make(
+                regions,
+                [masks[place[id(region)]] for region in regions],
+                prompt,
+                rng,
+                size=size,
+                flip=flip,
+                annotated=not masks or any(mask is not None for mask in masks),
+                crowds=any(region.iscrowd for region in example.regions),
+            )
+        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +248,14 @@ def train_loader(
             modality        int32[B], positions in `schema.MODALITIES`
             image_id        str[B]
 
+        and, where K = data.max_masks is not 0, masks on a grid of h x w cells of 4 x 4 pixels of `image` (see
+        `mask_targets`), eight columns a byte:
+
+            masks           uint8[B, K, h, ceil(w / 8)], of boxes that have one, a random choice if more than K
+            mask_boxes      int32[B, K], their places in `boxes`, -1 behind the last one
+            phrase_masks    uint8[B, K, h, ceil(w / 8)], of phrases, empty for absent ones
+            phrase_tokens   bool[B, K, L], their tokens, none behind the last one
+
         `get_state()` tells where it stands and `set_state(state)` goes on there, with the next batch exactly as it
         would have been; with another number of processes and the same global batch, with the same examples in the
         batches of all processes together. Call `close()` at the end.
@@ -245,7 +275,7 @@ def train_loader(
             f"batch of {process_count * batch_size}"
         )
     records = find_all_shards(data.train)
-    source = ExampleSource(*records)
+    source = ExampleSource(*records, masks=data.max_masks > 0)
     series, name = _make_series(records, data, seed)
     listed = Quarantine(data.quarantine or quarantine, data.max_corrupt, process_index)
     transform = TrainTransform(
@@ -259,6 +289,7 @@ def train_loader(
         prompts=PromptRule.from_config(data),
         tokenizer=load_tokenizer(data.tokenizer),
         vocabularies=make_vocabularies([split.metadata for split in records]),
+        masks=MaskRule(data.max_masks, tuple(data.canvas)) if data.max_masks else None,
     )
     return TrainBatches(
         grain.MapDataset.range(sys.maxsize).seed(seed).random_map(transform),

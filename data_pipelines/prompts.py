@@ -57,6 +57,9 @@ class PromptTooLong(ValueError):
         return PromptTooLong, (self.phrases, self.num_tokens, self.max_tokens)
 
 
+Range = tuple[int, int]  # tokens (first, after the last)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt of L tokens, padding included, for K phrases.
@@ -68,6 +71,7 @@ class Prompt:
         positive_map: float32[K, L]; row k is spread evenly over the tokens of phrase k, without separators, and sums
             to 1.
         phrases: the K phrases.
+        ranges: of every phrase that the text asks for, those without a row too, the ranges of its tokens; none twice.
     """
 
     text: str
@@ -75,9 +79,7 @@ class Prompt:
     attention_mask: np.ndarray
     positive_map: np.ndarray
     phrases: tuple[str, ...]
-
-
-Range = tuple[int, int]  # tokens (first, after the last)
+    ranges: tuple[tuple[Range, ...], ...] = ()
 
 
 def _fill_prompt(
@@ -85,6 +87,7 @@ def _fill_prompt(
     phrases: Sequence[str],
     ids: list[int],
     rows: Sequence[Sequence[Range]],
+    asked: Sequence[Sequence[Range]],
     tokenizer: TextTokenizer,
     max_tokens: int,
 ) -> Prompt:
@@ -101,7 +104,8 @@ def _fill_prompt(
         for first, last in ranges:
             row[first:last] = 1
     positive_map /= np.maximum(positive_map.sum(axis=1, keepdims=True), 1)
-    return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases))
+    ranges = tuple(dict.fromkeys(tuple(of_phrase) for of_phrase in asked))
+    return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases), ranges)
 
 
 def _check_fit(
@@ -180,7 +184,8 @@ def join_phrases(
     _check_fit(phrases, ranges, len(ids), tokenizer, max_tokens)
     rows = [[ranges[k] for k in group] for group in groups]
     names = [phrases[group[0]] for group in groups]
-    return _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, tokenizer, max_tokens)
+    asked = [[each] for each in ranges]
+    return _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, asked, tokenizer, max_tokens)
 
 
 def build_prompt(phrases: Sequence[str], tokenizer: TextTokenizer, max_tokens: int, prefix: str = "") -> Prompt:
@@ -312,7 +317,7 @@ def build_caption_prompt(
     encoding = tokenizer.encode(prefix + caption)
     rows = _find_ranges(encoding, spans, tokenizer)
     _check_fit(phrases, [_enclose(row) for row in rows], len(encoding.ids), tokenizer, max_tokens)
-    return _fill_prompt(prefix + caption, phrases, encoding.ids, rows, tokenizer, max_tokens)
+    return _fill_prompt(prefix + caption, phrases, encoding.ids, rows, rows, tokenizer, max_tokens)
 
 
 def make_prefix(modality: str, body_regions: Iterable[str] = ()) -> str:

@@ -22,7 +22,7 @@ Config = ConfigDict | FrozenConfigDict
 Params = Any  # nested dict of arrays, or of their shapes
 
 # Of each mode, the paths that train: re.search of this pattern finds them.
-MODES = {"full": r"", "heads": r"^(head|lora)/", "lora": r"^lora/", "prompt": r"^prompt/offsets$"}
+MODES = {"full": r"", "heads": r"^(head|masks|lora)/", "lora": r"^lora/", "prompt": r"^prompt/offsets$"}
 
 
 def check_finetune(finetune: Config) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import Normalizers, count_normalizers, detection_losses, match_anchors
+from medglip_jax.detection.mask_losses import add_mask_losses, count_masks, match_masks
 from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import apply_model
@@ -62,15 +63,16 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule`, `training.accumulation`, `sharding`,
-            `sharding_rules` and `activation_rules`.
+        config: a recipe; reads `detection`, `model.masks.kind`, `finetune`, `optimizer`, `schedule`,
+            `training.accumulation`, `sharding`, `sharding_rules` and `activation_rules`.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
-        box_mask and positive_map; other keys are ignored. Metrics are float32 scalars: loss, loss_token, loss_box,
-        loss_centerness, num_positives, grad_norm (before clipping, of what trains), learning_rate; and finite, bool:
+        box_mask and positive_map, and where the model has masks (`model.masks.kind`) those of `match_masks`; other keys
+        are ignored. Metrics are float32 scalars: loss, loss_token, loss_box, loss_centerness (and of masks, see
+        `add_mask_losses`), num_positives, grad_norm (before clipping, of what trains), learning_rate; and finite, bool:
         whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
         `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
 
@@ -80,6 +82,7 @@ def make_train_step(
     """
     schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
     accumulation = config.training.accumulation
+    dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
 
     def loss_of(
         trained: Any,
@@ -97,7 +100,10 @@ def make_train_step(
             train=True,
             rngs={"dropout": dropout},
         )
-        losses = detection_losses(outputs, batch, config.detection, normalizers)
+        targets = match_anchors(batch, config.detection, dtype) if config.model.masks.kind else None
+        losses = detection_losses(outputs, batch, config.detection, normalizers, targets)
+        if targets is not None:
+            losses = add_mask_losses(losses, outputs, batch, targets, config.detection, normalizers)
         return losses["loss"], losses
 
     def train_step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
@@ -107,8 +113,10 @@ def make_train_step(
             if accumulation == 1:
                 grads, losses = jax.grad(loss_of, has_aux=True)(trained, fixed, batch, dropout)
             else:
-                dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
-                whole = count_normalizers(match_anchors(batch, config.detection, dtype))
+                targets = match_anchors(batch, config.detection, dtype)
+                whole = count_normalizers(targets)
+                if config.model.masks.kind:
+                    whole = whole._replace(masks=count_masks(match_masks(batch, targets, config.detection)))
                 rows = split_batch(batch, accumulation, mesh)
                 grads, losses = accumulate_gradients(
                     lambda trained, part, key: loss_of(trained, fixed, part, key, whole), trained, rows, dropout
