@@ -4,8 +4,8 @@ A cell of the grid is in a mask where the mask covers at least half of it after 
 so small that it covers half of no cell, the cells that it covers most are. So no mask that has a pixel is lost.
 
 A phrase has a mask where all boxes that it means have one: the union of theirs. A phrase of the prompt that means no
-box is known to be absent, and its mask is empty. A phrase of which only some boxes have masks is left out, and so are all
-phrases of an image whose regions have none, or of which some region is a crowd.
+box is known to be absent, and its mask is empty. A phrase of which only some boxes have masks is left out, and so are
+all phrases of an image whose regions have none, or of which some region is a crowd.
 """
 
 import dataclasses

@@ -28,6 +28,7 @@ from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import write_json
 from medglip_jax.inference import Detections, make_detector, merge, power_of_two, stack_prompts
+from medglip_jax.mask_outputs import Rle, decode, to_text
 from medglip_jax.pretrained import load_model
 
 ImageLike: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image
@@ -44,11 +45,16 @@ class Prediction:
         boxes: float32[n, 4], x0 y0 x1 y1 in pixels of the image as it was given, half-open (x1 - x0 is the width).
         scores: float32[n], 0 to 1.
         phrases: the phrase of each box.
+        masks: the mask of each box, of the image's size, as COCO run lengths ({"size": [h, w], "counts": bytes}), where
+            the model has masks of boxes; else None. `mask_outputs.decode` makes an array of one.
+        phrase_masks: the masks that are not empty by their phrase, where the model has masks of phrases; else None.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     phrases: list[str]
+    masks: list[Rle] | None = None
+    phrase_masks: dict[str, Rle] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -176,7 +182,13 @@ class MedGLIP:
     @staticmethod
     def _select(found: Detections, names: list[str], threshold: float, limit: int) -> Prediction:
         kept = np.flatnonzero(found.scores >= threshold)[:limit]
-        return Prediction(found.boxes[kept], found.scores[kept], [names[i] for i in found.phrases[kept]])
+        return Prediction(
+            found.boxes[kept],
+            found.scores[kept],
+            [names[i] for i in found.phrases[kept]],
+            None if found.masks is None else [found.masks[i] for i in kept],
+            None if found.phrase_masks is None else {names[i]: mask for i, mask in found.phrase_masks.items()},
+        )
 
     def _detect(self, pixels: list[np.ndarray], asked: list[list[str]], batch_size: int) -> list[Detections]:
         """Runs every pair of image and prompt, and joins them by image."""
@@ -200,7 +212,10 @@ class MedGLIP:
         for image, prompts, (_, _, scale) in zip(pixels, chunks, canvases, strict=True):
             parts, places = rows[start : start + len(prompts)], [indices for _, indices in prompts]
             limit = self.config.detection.max_detections
-            results.append(merge(parts, places, limit, scale=np.asarray(scale), size=image.shape[:2]))
+            margin = self.config.detection.mask_margin
+            results.append(
+                merge(parts, places, limit, scale=np.asarray(scale), size=image.shape[:2], mask_margin=margin)
+            )
             start += len(prompts)
         return results
 
@@ -218,19 +233,41 @@ def _phrases_of_each(phrases: Any, count: int, single: bool) -> list[list[str]]:
 
 def _draw(images: Sequence[str], predictions: Sequence[Prediction], out: str) -> None:
     entries = [
-        SheetEntry(read_image(path), pathlib.Path(path).name, found.boxes, found.phrases, found.scores)
+        SheetEntry(
+            read_image(path),
+            pathlib.Path(path).name,
+            found.boxes,
+            found.phrases,
+            found.scores,
+            masks=_shown_masks(found),
+        )
         for path, found in zip(images, predictions, strict=True)
     ]
     contact_sheet(entries, out, columns=4, tile=960 if len(entries) == 1 else 480)
 
 
+def _shown_masks(found: Prediction) -> list[tuple[str, np.ndarray]]:
+    """Returns the masks of boxes, the best last; or else those of phrases, the largest first."""
+    if found.masks is not None:
+        pairs = list(zip(found.phrases, found.masks, strict=True))[::-1]
+    else:
+        pairs = list((found.phrase_masks or {}).items())
+    shown = [(phrase, decode(mask)) for phrase, mask in pairs]
+    return shown if found.masks is not None else sorted(shown, key=lambda pair: -int(pair[1].sum()))
+
+
 def _as_json(path: str, prediction: Prediction) -> dict[str, Any]:
-    return {
+    fields: dict[str, Any] = {
         "image": path,
         "boxes": prediction.boxes.tolist(),
         "scores": prediction.scores.tolist(),
         "phrases": prediction.phrases,
     }
+    if prediction.masks is not None:
+        fields["masks"] = [to_text(mask) for mask in prediction.masks]
+    if prediction.phrase_masks is not None:
+        fields["phrase_masks"] = {phrase: to_text(mask) for phrase, mask in prediction.phrase_masks.items()}
+    return fields
 
 
 @reports_errors

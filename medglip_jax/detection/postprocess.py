@@ -36,6 +36,7 @@ def _detect_one(
     anchors: jax.Array,
     level_sizes: tuple[int, ...],
     config: ConfigDict | FrozenConfigDict,
+    with_anchors: bool,
 ) -> dict[str, jax.Array]:
     """Detects in one image; scores [N, K] are 0 for padded phrases, deltas [N, 4], centerness [N] (logits)."""
     num_phrases = scores.shape[1]
@@ -56,7 +57,8 @@ def _detect_one(
     kept = nms(corners, score, phrase, valid, iou_threshold=config.nms_iou, max_output=config.max_detections)
 
     empty = kept < 0
-    return {
+    found = {"anchors": jnp.where(empty, -1, anchor[kept].astype(jnp.int32))} if with_anchors else {}
+    return found | {
         "boxes": jnp.where(empty[:, None], 0, half_open(corners)[kept]),
         "scores": jnp.where(empty, 0, score[kept]),
         "phrases": jnp.where(empty, -1, phrase[kept].astype(jnp.int32)),
@@ -71,6 +73,7 @@ def detect(
     config: ConfigDict | FrozenConfigDict,
     *,
     canvas: tuple[int, int],
+    with_anchors: bool = False,
 ) -> dict[str, jax.Array]:
     """Finds the boxes of each phrase in each image of a batch; static shapes, for use inside jit.
 
@@ -93,11 +96,12 @@ def detect(
         phrase_valid: bool[K] or [B, K], False for padding, which is never detected.
         config: `config.detection` of a recipe.
         canvas: height and width in pixels of the images that the model saw (static).
+        with_anchors: return the anchor of each detection too.
 
     Returns:
         boxes [B, D, 4] (half-open canvas pixels inside image_size), scores [B, D] and phrases int32[B, D] (row of
         phrase_map), best first, D = max_detections; empty places hold zeros and phrase -1. Boxes and scores are
-        float32, or float64 where the outputs are.
+        float32, or float64 where the outputs are. If asked for, anchors int32[B, D], -1 for empty places.
 
     Raises:
         ValueError: the outputs do not have the number of anchors that the canvas gives.
@@ -115,5 +119,7 @@ def detect(
     phrase_valid = jnp.broadcast_to(phrase_valid, (batch_size, num_phrases))
     scores = phrase_scores(token_logits, phrase_map) * phrase_valid[:, None]
     anchors = jnp.asarray(all_anchors, deltas.dtype)
-    detect_one = functools.partial(_detect_one, anchors=anchors, level_sizes=level_sizes, config=config)
+    detect_one = functools.partial(
+        _detect_one, anchors=anchors, level_sizes=level_sizes, config=config, with_anchors=with_anchors
+    )
     return jax.vmap(detect_one)(scores, deltas, centerness, jnp.asarray(image_size))

@@ -21,7 +21,9 @@ from data_pipelines.text import TextTokenizer, build_prompts, load_tokenizer, or
 from data_pipelines.transforms import decode_image
 from medglip_jax.drawing import SheetEntry, contact_sheet
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
+from medglip_jax.evaluation.masks import mask_metrics
 from medglip_jax.inference import Detections, Detector, make_detector, merge, stack_prompts
+from medglip_jax.mask_outputs import decode
 from medglip_jax.parallel.mesh import batch_parts, describe_parts, to_global
 
 _HOST_KEYS = ("index", "valid", "scale", "original_size")
@@ -130,6 +132,7 @@ def detect_records(
                 config.detection.max_detections,
                 scale=host["scale"][row],
                 size=tuple(host["original_size"][row]),
+                mask_margin=config.detection.mask_margin,
             )
         first = first or (len(by_index), time.perf_counter())
     ended = time.perf_counter()
@@ -166,8 +169,9 @@ def evaluate_records(
         detector, between_batches: as in `detect_records`.
 
     Returns:
-        What `average_precision` returns, with "seconds" of the whole evaluation and "images_per_second" of detection;
-        the same on every process. All of it goes into JSON.
+        What `average_precision` returns, with "seconds" of the whole evaluation and "images_per_second" of detection,
+        and where the model has masks what `mask_metrics` returns, as "masks"; the same on every process. All of it goes
+        into JSON.
 
     Raises:
         ValueError: the records hold no phrases or no images, the batch size does not fit the mesh, or the contact sheet
@@ -196,14 +200,17 @@ def evaluate_records(
     results = None
     if jax.process_index() == 0:  # only one reads the truth
         truth, entries = [], []
+        masks = bool(config.model.masks.kind)
         shown = set(np.linspace(0, records.num_examples - 1, sheet_images).astype(int)) if sheet else set()
         for index, example in enumerate(read_examples(records)):
-            truth.append(GroundTruth.of(example))
+            truth.append(GroundTruth.of(example, masks=masks))
             if index in shown:
                 entries.append(_sheet_entry(decode_image(example.image), truth[-1], detections[index], phrases))
         if sheet:
             contact_sheet(entries, sheet)
         results = average_precision(truth, detections, phrases)
+        if masks:
+            results["masks"] = mask_metrics(truth, detections, phrases)
         results |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
     return _broadcast(results)
 
@@ -218,6 +225,7 @@ def _check_sheet(path: str | os.PathLike, images: int) -> None:
 
 def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, phrases: Sequence[str]) -> SheetEntry:
     kept = np.flatnonzero(detections.scores >= _SHEET_SCORE)[: max(_SHEET_BOXES, len(truth.boxes))]
+    masks = detections.masks or [None] * len(detections.scores)
     return SheetEntry(
         image=image,
         title=f"{truth.modality} · {truth.image_id}",
@@ -226,6 +234,7 @@ def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, 
         scores=detections.scores[kept],
         true_boxes=truth.boxes,
         true_labels=truth.phrases,
+        masks=[(phrases[int(detections.phrases[i])], decode(mask)) for i in kept if (mask := masks[i])],
     )
 
 
