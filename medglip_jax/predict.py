@@ -4,6 +4,7 @@ model = MedGLIP.from_pretrained("runs/demo")
 prediction = model.predict("chest.png", ["left lung", "nodule"])
 
 python -m medglip_jax.predict --checkpoint DIR --image F [F ...] --phrases "left lung. nodule" --out F.png
+python -m medglip_jax.predict --checkpoint DIR --volume F.nii.gz --phrases "liver. cyst" --masks OUT.nii.gz
 """
 
 import argparse
@@ -30,6 +31,7 @@ from medglip_jax.evaluation.report import write_json
 from medglip_jax.inference import Detections, make_detector, merge, power_of_two, stack_prompts
 from medglip_jax.mask_outputs import Rle, decode, to_text
 from medglip_jax.pretrained import load_model
+from medglip_jax.volume_masks import PLANE_CHOICES, WINDOW_CHOICES, label_file
 
 ImageLike: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image
 Phrases: TypeAlias = str | Sequence[str]
@@ -276,7 +278,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="medglip predict", description="Finds phrases in images and draws the boxes.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a run's working directory, or an exported folder")
-    add("--image", required=True, nargs="+", metavar="FILE", help="image files")
+    add("--image", nargs="+", default=[], metavar="FILE", help="image files")
+    add("--volume", metavar="PATH", help="instead: a NIfTI file, or the folder of a DICOM series; needs --masks")
+    add("--masks", metavar="FILE", help="label map to write of the volume: .nii.gz, or .dcm (DICOM-SEG) of a series")
+    add("--plane", choices=PLANE_CHOICES, default="auto", help="slices of the volume to look at; default: as scanned")
+    add("--window", choices=WINDOW_CHOICES, default="auto", help="values of the volume that become black and white")
     add("--phrases", required=True, help="what to look for, as 'left lung. nodule'")
     add("--out", metavar="FILE", help="image file to draw the boxes into")
     add("--json", metavar="FILE", help="file to write the boxes to, in pixels of each image: x0 y0 x1 y1, half-open")
@@ -285,9 +291,25 @@ def main(argv: list[str] | None = None) -> int:
     add("--no-ema", action="store_true", help="use the parameters themselves instead of their running average")
     add_option(parser)
     options = parser.parse_args(argv)
+    if bool(options.image) == bool(options.volume) or bool(options.volume) != bool(options.masks):
+        raise ValueError("give --image FILE ..., or --volume PATH with --masks FILE")
 
     keep_compiled(options.compilation_cache)
     model = MedGLIP.from_pretrained(options.checkpoint, use_ema=False if options.no_ema else None)
+    if options.volume:
+        counts = label_file(
+            model,
+            options.volume,
+            options.masks,
+            split_phrases(options.phrases),
+            plane=options.plane,
+            window=options.window,
+            threshold=options.threshold,
+        )
+        for phrase, count in counts.items():
+            print(f"{count:10} voxels  {phrase}")
+        print(f"written to {options.masks}")
+        return 0
     predictions = model.predict(
         options.image, options.phrases, threshold=options.threshold, max_detections=options.max_detections
     )
