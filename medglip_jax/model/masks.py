@@ -1,6 +1,7 @@
 """The mask branch: maps of stride 4 from the fused features, and what makes masks of them (see `detection.masks`)."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -105,6 +106,26 @@ class MaskBranch(nn.Module):
             flat = jnp.concatenate([x.reshape(x.shape[0], -1, x.shape[-1]) for x in made], axis=1)
             outputs["mask_parameters"] = constrain(constrain(flat, *WHOLE_PIXELS), *PIXELS).astype(compute)
         return outputs
+
+
+def without_masks(params: Any, config: ConfigDict) -> tuple[Any, ConfigDict]:
+    """Returns the plain detector in a model with masks: the same boxes, nothing else.
+
+    Args:
+        params: of the model, a nested dict of arrays.
+        config: its recipe.
+
+    Returns:
+        Both as they are where there are no masks; else a shallow copy of the parameters without `masks` and
+        `backbone/norm_0`, and a recipe whose `model.masks.kind` and `data.max_masks` are off.
+    """
+    if not config.model.masks.kind:
+        return params, config
+    plain = {name: part for name, part in params.items() if name != "masks"}
+    plain["backbone"] = {name: part for name, part in params["backbone"].items() if name != "norm_0"}
+    config = config.copy_and_resolve_references()
+    config.model.masks.kind, config.data.max_masks = "", 0
+    return plain, config
 
 
 def check_kind(kind: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from medglip_jax.inference import flat_shapes, parameter_shapes
 from medglip_jax.model.detector import GLIP
-from medglip_jax.model.masks import MaskBranch
+from medglip_jax.model.masks import MaskBranch, without_masks
 from medglip_jax.parallel.presets import PRESETS, mask_rules
 from medglip_jax.parallel.rules import find_placements
 
@@ -72,11 +72,10 @@ def test_a_kind_has_no_parameters_of_the_other(tiny_config, kind):
 def test_off_the_program_is_the_plain_one_and_on_the_boxes_are_its_own(tiny_config, inputs, both):
     config, params, apply = both
     outputs = apply({"params": params}, *inputs)
-    plain = {name: dict(part) for name, part in params.items() if name != "masks"}
-    plain["backbone"].pop("norm_0")
-    programs = [
-        jax.jit(GLIP(c.model).apply).lower({"params": plain}, *inputs) for c in (tiny_config, with_masks(config, ""))
-    ]
+    plain, recipe = without_masks(params, config)
+    assert recipe.model.masks.kind == "" and config.model.masks.kind == "both"
+    assert flat_shapes(plain) == flat_shapes(parameter_shapes(GLIP(tiny_config.model), tiny_config))
+    programs = [jax.jit(GLIP(c.model).apply).lower({"params": plain}, *inputs) for c in (tiny_config, recipe)]
     assert programs[0].as_text() == programs[1].as_text()
     expected = programs[0].compile()({"params": plain}, *inputs)
     anchors = expected["centerness"].shape[1]
