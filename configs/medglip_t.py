@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     )  # training size relative to the canvas (480 to 800 of the original's short side)
     config.data.flip_probability = 0.5  # horizontal flips; left and right are swapped in the phrases too
     config.data.max_boxes = 128  # boxes an image; more are an error in the loader's count, never a silent loss
+    config.data.max_masks = 0  # masks of boxes, and of phrases, of an image in a batch (docs/masks.md); 0 reads none
     config.data.tokenizer = ""  # folder or hub name of a fast tokenizer; "" is the bundled medical WordPiece
     config.data.max_tokens = 256  # tokens of a prompt
     config.data.max_negatives = 85  # absent phrases sampled into a training prompt
@@ -116,6 +117,13 @@ def get_config() -> ConfigDict:
     config.model.modality.dropout = 0.0  # share of training images that take the shared parts, whatever they show
     config.model.modality.classifier = False  # a head that tells the modality of an image whose file does not
     config.model.modality.classifier_weight = 0.1  # of its loss
+    config.model.masks = ConfigDict()  # a mask branch on the fused features; see docs/masks.md
+    config.model.masks.kind = ""  # "" has none; phrases (a mask a phrase), boxes (a mask a box), or both
+    config.model.masks.channels = 64  # of the maps of stride 4, and of the embeddings of pixels and phrases; ours
+    config.model.masks.num_convs = 2  # 3x3 convolutions on these maps; ours
+    config.model.masks.norm_groups = 16  # groups of the GroupNorm after each; ours
+    config.model.masks.head_channels = 8  # width of the network that a box's own parameters make (CondInst)
+    config.model.masks.head_layers = 3  # its layers (CondInst)
     config.model.prior_probability = 0.01  # initial token probability, bias0 = -log((1 - p) / p)
 
     config.detection = ConfigDict()
@@ -132,6 +140,10 @@ def get_config() -> ConfigDict:
     # Of the share of a box that leaves the box it lies in; needs data.hierarchy.containers. 0 is off; ours
     config.detection.containment_weight = 0.0
     config.detection.raise_broader = False  # a broader phrase scores at least as its kinds in the prompt do; ours
+    config.detection.mask_dice_weight = 1.0  # Dice loss of masks, where the model has any
+    config.detection.mask_focal_weight = 20.0  # focal loss on their pixels, over Dice as in SAM (arXiv 2304.02643)
+    config.detection.mask_anchors = 2  # anchors of a box that are taught its mask: the most central; ours
+    config.detection.mask_margin = 0.1  # a found mask ends where its box, wider by this share of its sides, does; ours
     config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
     config.detection.pre_nms = 1000  # best (anchor, phrase) pairs kept of each level
     config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes

@@ -13,8 +13,8 @@ class ExampleSource:
     Its errors name the shard and the place of the record.
     """
 
-    def __init__(self, *records: Records):
-        """Opens the shards.
+    def __init__(self, *records: Records, masks: bool = False):
+        """Opens the shards; examples have their masks if `masks` says so.
 
         Raises:
             RecordsError: a split is empty, or a shard is damaged.
@@ -22,7 +22,7 @@ class ExampleSource:
         for split in records:
             if not split.num_examples:
                 raise RecordsError(f"{split.directory}:{split.split} holds no examples")
-        self.records = records
+        self.records, self._masks = records, masks
         self._sources = [open_source(split) for split in records]
         self._ends = np.cumsum([split.num_examples for split in records])
 
@@ -38,8 +38,7 @@ class ExampleSource:
         number, place = self.split(index)
         record = self._sources[number][place]
         try:
-            # Batches hold no masks, and mirroring them costs more than all the rest.
-            return parse_example(record, masks=False)
+            return parse_example(record, masks=self._masks)
         except RecordsError as error:
             raise RecordsError(f"{self.records[number].locate(place)}: {error}") from error
 

@@ -23,6 +23,7 @@ from data_pipelines.batches import Batch, TrainBatches, make_batches
 from data_pipelines.examples import ExampleSource, decode_example
 from data_pipelines.few_shot import choose_few
 from data_pipelines.hierarchy import HierarchyRule, find_containers, find_ignored, find_pairs
+from data_pipelines.mask_targets import MaskRule
 from data_pipelines.mixture import Series, sampling_order, sampling_rates
 from data_pipelines.quarantine import Quarantine
 from data_pipelines.record_index import concatenate, read_index, select_records
@@ -53,7 +54,7 @@ class TrainTransform:
     Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
     `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `hierarchy` says what comes beside them;
     `vocabularies` by data set, "" for all others; the others as the fields of `config.data` with these names;
-    `max_boxes` is M.
+    `max_boxes` is M; `masks` says which masks a row has, None for none at all.
     """
 
     source: ExampleSource
@@ -67,6 +68,7 @@ class TrainTransform:
     hierarchy: HierarchyRule
     tokenizer: TextTokenizer
     vocabularies: Mapping[str, Vocabulary]
+    masks: MaskRule | None = None
 
     def __post_init__(self) -> None:
         low, high = self.scale_range
@@ -102,6 +104,12 @@ class TrainTransform:
         flip = rng.random() < self.flip_probability
         scale = rng.uniform(*self.scale_range)
         pixels, size, scales = resize_into(decode_example(example), self.canvas, scale, flip)
+        # Mirroring run lengths costs more than all the rest: masks are set aside, and mirrored as pixels.
+        masks = [region.mask for region in example.regions]
+        if self.masks:
+            example = dataclasses.replace(
+                example, regions=tuple(dataclasses.replace(region, mask=None) for region in example.regions)
+            )
         if flip:
             example = flip_annotations(example)
         prompt, regions = sample_prompt(
@@ -131,7 +139,7 @@ class TrainTransform:
         if count:
             boxes[:count] = scale_boxes(np.stack([region.box for region in regions]), scales)
             positive_map[:count] = prompt.positive_map
-        return {
+        row = {
             "image": pixels,
             "image_size": np.asarray(size, np.int32),
             "input_ids": prompt.input_ids,
@@ -143,6 +151,19 @@ class TrainTransform:
             "image_id": example.image_id,
             **added,
         }
+        if self.masks:
+            place = {id(region): i for i, region in enumerate(example.regions)}
+            row |= self.masks.make(
+                regions,
+                [masks[place[id(region)]] for region in regions],
+                prompt,
+                rng,
+                size=size,
+                flip=flip,
+                annotated=not masks or any(mask is not None for mask in masks),
+                crowds=any(region.iscrowd for region in example.regions),
+            )
+        return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +265,13 @@ def train_loader(
             image_id        str[B]
 
         and, where `data.hierarchy` asks for them, what `HierarchyRule.make_arrays` describes, with a leading B.
+        and, where K = data.max_masks is not 0, masks on a grid of h x w cells of 4 x 4 pixels of `image` (see
+        `mask_targets`), eight columns a byte:
+
+            masks           uint8[B, K, h, ceil(w / 8)], of boxes that have one, a random choice if more than K
+            mask_boxes      int32[B, K], their places in `boxes`, -1 behind the last one
+            phrase_masks    uint8[B, K, h, ceil(w / 8)], of phrases, empty for absent ones
+            phrase_tokens   bool[B, K, L], their tokens, none behind the last one
 
         `get_state()` tells where it stands and `set_state(state)` goes on there, with the next batch exactly as it
         would have been; with another number of processes and the same global batch, with the same examples in the
@@ -264,7 +292,7 @@ def train_loader(
             f"batch of {process_count * batch_size}"
         )
     records = find_all_shards(data.train)
-    source = ExampleSource(*records)
+    source = ExampleSource(*records, masks=data.max_masks > 0)
     series, name = _make_series(records, data, seed)
     listed = Quarantine(data.quarantine or quarantine, data.max_corrupt, process_index)
     transform = TrainTransform(
@@ -279,6 +307,7 @@ def train_loader(
         hierarchy=HierarchyRule.from_config(data.hierarchy),
         tokenizer=load_tokenizer(data.tokenizer),
         vocabularies=make_vocabularies([split.metadata for split in records]),
+        masks=MaskRule(data.max_masks, tuple(data.canvas)) if data.max_masks else None,
     )
     return TrainBatches(
         grain.MapDataset.range(sys.maxsize).seed(seed).random_map(transform),

@@ -58,6 +58,9 @@ class PromptTooLong(ValueError):
         return PromptTooLong, (self.phrases, self.num_tokens, self.max_tokens)
 
 
+Range = tuple[int, int]  # tokens (first, after the last)
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt of L tokens, padding included, for K phrases.
@@ -69,6 +72,7 @@ class Prompt:
         positive_map: float32[K, L]; row k is spread evenly over the tokens of phrase k, without separators, and sums
             to 1.
         phrases: the K phrases.
+        ranges: of every phrase that the text asks for, those without a row too, the ranges of its tokens; none twice.
         named: every phrase of a prompt of phrases, with or without a row, and its tokens (first, after the last); () in
             a sentence.
     """
@@ -78,6 +82,7 @@ class Prompt:
     attention_mask: np.ndarray
     positive_map: np.ndarray
     phrases: tuple[str, ...]
+    ranges: tuple[tuple[Range, ...], ...] = ()
     named: tuple[tuple[str, Range], ...] = ()
 
 
@@ -86,6 +91,7 @@ def _fill_prompt(
     phrases: Sequence[str],
     ids: list[int],
     rows: Sequence[Sequence[Range]],
+    asked: Sequence[Sequence[Range]],
     tokenizer: TextTokenizer,
     max_tokens: int,
 ) -> Prompt:
@@ -102,7 +108,8 @@ def _fill_prompt(
         for first, last in ranges:
             row[first:last] = 1
     positive_map /= np.maximum(positive_map.sum(axis=1, keepdims=True), 1)
-    return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases))
+    ranges = tuple(dict.fromkeys(tuple(of_phrase) for of_phrase in asked))
+    return Prompt(text, input_ids, attention_mask, positive_map, tuple(phrases), ranges)
 
 
 def _check_fit(
@@ -181,7 +188,8 @@ def join_phrases(
     _check_fit(phrases, ranges, len(ids), tokenizer, max_tokens)
     rows = [[ranges[k] for k in group] for group in groups]
     names = [phrases[group[0]] for group in groups]
-    prompt = _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, tokenizer, max_tokens)
+    asked = [[each] for each in ranges]
+    prompt = _fill_prompt(prefix + SEPARATOR.join(phrases), names, ids, rows, asked, tokenizer, max_tokens)
     return dataclasses.replace(prompt, named=tuple(zip(phrases, ranges, strict=True)))
 
 
@@ -314,7 +322,7 @@ def build_caption_prompt(
     encoding = tokenizer.encode(prefix + caption)
     rows = _find_ranges(encoding, spans, tokenizer)
     _check_fit(phrases, [_enclose(row) for row in rows], len(encoding.ids), tokenizer, max_tokens)
-    return _fill_prompt(prefix + caption, phrases, encoding.ids, rows, tokenizer, max_tokens)
+    return _fill_prompt(prefix + caption, phrases, encoding.ids, rows, rows, tokenizer, max_tokens)
 
 
 def make_prefix(modality: str, body_regions: Iterable[str] = ()) -> str:

@@ -225,6 +225,14 @@ def reorient(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return import_medical("nibabel.orientations").apply_orientation(values, turn)
 
 
+def restore(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Undoes `reorient`: returns a view with the axes of the volume as it is stored."""
+    inverse = np.empty_like(turn)
+    for axis, (target, flip) in enumerate(turn):
+        inverse[int(target)] = axis, flip
+    return import_medical("nibabel.orientations").apply_orientation(values, inverse)
+
+
 def section(values: np.ndarray, plane: str, index: int) -> np.ndarray:
     """Returns slice `index` of a plane of a volume in radiological orientation, [rows, columns] as it is to be seen."""
     return values[(slice(None),) * PLANES[plane] + (index,)]  # np.take would copy the volume

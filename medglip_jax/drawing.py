@@ -14,6 +14,7 @@ Rectangle = tuple[float, float, float, float]
 
 _INK, _FAINT, _PAPER, _DARK = (28, 30, 34), (105, 110, 118), (255, 255, 255), (18, 19, 22)
 _ROOM = 40  # pixels of the longer side for each label in words; with more labels they show the legend's numbers
+_TINT = 90  # opacity of masks, of 255
 _MATCH_IOU = 0.5  # overlap from which on a predicted box stands for a true one
 
 
@@ -28,6 +29,7 @@ class SheetEntry:
         labels: n phrases.
         scores: float[n].
         true_boxes, true_labels: what is known, as `boxes` and `labels`.
+        masks: what is tinted under the boxes: phrases with bool[H, W].
     """
 
     image: np.ndarray | Image.Image
@@ -37,6 +39,12 @@ class SheetEntry:
     scores: np.ndarray
     true_boxes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.float32))
     true_labels: Sequence[str] = ()
+    masks: Sequence[tuple[str, np.ndarray]] = ()
+
+    @property
+    def phrases(self) -> list[str]:
+        """All phrases that need a colour."""
+        return [*self.labels, *self.true_labels, *(phrase for phrase, _ in self.masks)]
 
 
 def phrase_colors(pictures: Iterable[Iterable[str]]) -> dict[str, Color]:
@@ -134,6 +142,15 @@ class _Canvas:
         x0, y0 = min(max(x0, 0), right), min(max(y0, 0), bottom)
         return x0, y0, max(x0, min(x1 - 1, right)), max(y0, min(y1 - 1, bottom))
 
+    def draw_mask(self, mask: np.ndarray, color: Color) -> None:
+        """Tints what is inside, and draws its edge."""
+        share = Image.fromarray(np.asarray(mask, np.uint8) * 255).resize(self.image.size, Image.Resampling.BILINEAR)
+        inside = np.asarray(share) >= 128
+        padded = np.pad(inside, 1)
+        core = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        opacity = np.where(inside & ~core, 255, np.where(inside, _TINT, 0)).astype(np.uint8)
+        self.image.paste(color, mask=Image.fromarray(opacity))
+
     def draw_solid(self, box: Rectangle, color: Color) -> None:
         x0, y0, x1, y1 = box
         self._draw.rectangle((x0 - 1, y0 - 1, x1 + 1, y1 + 1), outline=_DARK, width=1)
@@ -172,6 +189,8 @@ def _draw_entry(entry: SheetEntry, side: int, colors: Mapping[str, Color], *, nu
     order = map(int, np.argsort(np.asarray(entry.scores), kind="stable"))
     predicted = [(canvas.to_canvas(entry.boxes[i]), entry.labels[i], float(entry.scores[i])) for i in order]
     known = [(canvas.to_canvas(box), label) for box, label in zip(entry.true_boxes, entry.true_labels, strict=True)]
+    for phrase, mask in entry.masks:
+        canvas.draw_mask(mask, colors[phrase])
     for box, label, _ in predicted:
         canvas.draw_solid(box, colors[label])
     for box, label in known:
@@ -202,6 +221,7 @@ def draw_predictions(
     *,
     true_boxes: np.ndarray | None = None,
     true_labels: Sequence[str] = (),
+    masks: Sequence[tuple[str, np.ndarray]] = (),
     colors: Mapping[str, Color] | None = None,
     least_side: int = 640,
 ) -> Image.Image:
@@ -213,6 +233,7 @@ def draw_predictions(
         labels: n phrases.
         scores: float[n].
         true_boxes, true_labels: what is known, as `boxes` and `labels`.
+        masks: what is tinted under the boxes: phrases with bool[H, W].
         colors: of every phrase; default: `phrase_colors` of all labels.
         least_side: images whose longer side is shorter are enlarged to it, so that labels can be read.
 
@@ -221,8 +242,8 @@ def draw_predictions(
     """
     picture = _as_image(image)
     truth = np.zeros((0, 4)) if true_boxes is None else true_boxes
-    entry = SheetEntry(picture, "", boxes, labels, scores, truth, true_labels)
-    colors = colors or phrase_colors([[*labels, *true_labels]])
+    entry = SheetEntry(picture, "", boxes, labels, scores, truth, true_labels, masks)
+    colors = colors or phrase_colors([entry.phrases])
     return _draw_entry(entry, max(least_side, *picture.size), colors, numbered=False)
 
 
@@ -281,7 +302,7 @@ def contact_sheet(
     columns = min(columns, len(entries))
     gap, margin, font = 16, 20, _font(max(12, tile / 23))
     head = round(_text_size("", font)[1] * 1.5)
-    colors = phrase_colors([*entry.labels, *entry.true_labels] for entry in entries)
+    colors = phrase_colors(entry.phrases for entry in entries)
     pictures = [_draw_entry(entry, tile, colors, numbered=True) for entry in entries]
     rows = [range(start, min(start + columns, len(entries))) for start in range(0, len(entries), columns)]
     heights = [head + max(pictures[i].height for i in row) for row in rows]

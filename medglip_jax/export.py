@@ -42,6 +42,7 @@ from medglip_jax.interop.folder import (
 from medglip_jax.interop.onnx import ONNX_FILE, OnnxModel, write_onnx
 from medglip_jax.interop.reading import read_state_dict
 from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin, require_torch
+from medglip_jax.model.masks import without_masks
 from medglip_jax.model.modality import merge_modality
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.predict import MedGLIP
@@ -65,7 +66,8 @@ def export(
     """Writes a model as a folder for PyTorch and JAX.
 
     Args:
-        params: the model's parameters, a nested dict of arrays, also ones that lie on several devices.
+        params: the model's parameters, a nested dict of arrays, also ones that lie on several devices; a mask branch
+            among them is left out.
         config: the recipe; `config.model` describes the parameters.
         tokenizer: of the prompts.
         directory: made if missing; an older export in it is replaced, other files beside it stay.
@@ -77,6 +79,7 @@ def export(
     Raises:
         ValueError: the parameters are not those of `config.model`, or the folder holds something else than an export.
     """
+    params, config = without_masks(params, config)
     card = options.pop("card", None) or model_card(
         config, name=pathlib.Path(directory).resolve().name, parameters=_count(params), kind="as given"
     )
@@ -226,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
             f"{options.checkpoint} is a run of prompt tuning: its weights are those it started from "
             f"({config.init.model}), and no format has a place for the offsets that it learned"
         )
+    if config.model.masks.kind:
+        print("the mask branch is left out: no format has a place for it; boxes are the same without it")
+        params, config = without_masks(params, config)
     tokenizer = tokenizer_of(options.checkpoint, config)
     # Of a run with an average of the parameters, it is the average that was evaluated.
     averaged = not is_folder(options.checkpoint) and config.optimizer.ema and config.evaluation.use_ema

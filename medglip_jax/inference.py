@@ -13,8 +13,10 @@ from ml_collections import ConfigDict
 
 from data_pipelines.hierarchy import find_kinds
 from data_pipelines.schema import MODALITIES
+from medglip_jax.detection.masks import find_masks
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
+from medglip_jax.mask_outputs import Rle, encode_logits, grow_boxes
 from medglip_jax.model.modality import add_modalities, classify, modality_table
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
@@ -40,11 +42,16 @@ class Detections:
         boxes: float[n, 4], x0 y0 x1 y1 in pixels of the original image, half-open.
         scores: float[n].
         phrases: int[n], places in the list of phrases.
+        masks: n masks of the original image's size, where the model has masks of boxes, else None.
+        phrase_masks: the masks that are not empty, by the place of their phrase, where the model has masks of phrases,
+            else None.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     phrases: np.ndarray
+    masks: tuple[Rle, ...] | None = None
+    phrase_masks: dict[int, Rle] | None = None
 
 
 def power_of_two(count: int) -> int:
@@ -103,17 +110,18 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
 
     Args:
         model: the detector.
-        config: a recipe; reads `data.canvas`, `detection`, `model.modality`, `sharding`, `sharding_rules` and
+        config: a recipe; reads `data.canvas`, `detection`, `model.modality`, `model.masks.kind`, `sharding`,
+            `sharding_rules` and
             `activation_rules`.
         mesh: from `make_mesh`; None runs on one device.
 
     Returns:
         detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
         float32[B, D, 4] (canvas pixels, half-open), scores float32[B, D] and phrases int32[B, D] (-1 for empty places),
-        best first. image is uint8[B, H, W, 3], image_size int32[B, 2]; the others, and phrase_kinds if it is there, as
-        `stack_prompts` returns them, for one prompt an image (P = B) or one for all (P = 1). A model of modalities also
-        takes modality=, int32[B], places in `schema.MODALITIES`; those that have no parts of their own, and all without
-        it, take the shared ones.
+        best first; where the model has masks, what `find_masks` returns too. image is uint8[B, H, W, 3], image_size
+        int32[B, 2]; the others, and phrase_kinds if it is there, as `stack_prompts` returns them, for one prompt an
+        image (P = B) or one for all (P = 1). A model of modalities also takes modality=, int32[B], places in
+        `schema.MODALITIES`; those that have no parts of their own, and all without it, take the shared ones.
     """
     height, width = config.data.canvas
     table = modality_table(config.model.modality.names, MODALITIES)
@@ -125,9 +133,20 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
         phrase_valid: jax.Array,
         kinds: jax.Array | None,
     ) -> dict[str, jax.Array]:
-        return detect(
-            outputs, image_size, phrase_map, phrase_valid, config.detection, canvas=(height, width), phrase_kinds=kinds
+        canvas, masks = (height, width), bool(config.model.masks.kind)
+        found = detect(
+            outputs,
+            image_size,
+            phrase_map,
+            phrase_valid,
+            config.detection,
+            canvas=canvas,
+            phrase_kinds=kinds,
+            with_anchors=masks,
         )
+        if masks:
+            found |= find_masks(outputs, found.pop("anchors"), phrase_map, config.detection, canvas=canvas)
+        return found
 
     if mesh is not None:  # images do not depend on each other, which XLA does not see through top_k
         find = jax.shard_map(find, mesh=mesh, in_specs=_BATCH, out_specs=_BATCH)
@@ -212,20 +231,23 @@ def merge(
     *,
     scale: np.ndarray,
     size: tuple[int, int],
+    mask_margin: float = 0.0,
 ) -> Detections:
     """Joins what several prompts found in an image.
 
     A phrase is in one prompt only, so suppression within the phrase has happened already.
 
     Args:
-        parts: a detector's boxes [D, 4], scores [D] and phrases [D] for each prompt.
+        parts: a detector's boxes [D, 4], scores [D] and phrases [D] for each prompt, and its masks if it has any.
         places: of each prompt, the places of its phrases in the whole list.
         limit: how many detections to keep, best first.
         scale, size: of the image, as in `to_original`.
+        mask_margin: `config.detection.mask_margin`.
 
     Returns:
         Detections in pixels of the original image.
     """
+    scale = np.asarray(scale)
     kept = [np.asarray(part["phrases"]) >= 0 for part in parts]
     boxes, scores = (
         np.concatenate([np.asarray(part[name])[keep] for part, keep in zip(parts, kept, strict=True)])
@@ -238,7 +260,21 @@ def merge(
         ]
     )
     order = np.argsort(-scores, kind="stable")[:limit]
-    return Detections(to_original(boxes[order], scale, size), scores[order], phrases[order])
+    found = Detections(to_original(boxes[order], scale, size), scores[order], phrases[order])
+    if "masks" in parts[0]:
+        logits = np.concatenate([np.asarray(part["masks"])[keep] for part, keep in zip(parts, kept, strict=True)])
+        limits = grow_boxes(found.boxes, mask_margin)
+        masks = tuple(encode_logits(logits[i], scale, size, box) for i, box in zip(order, limits, strict=True))
+        found = dataclasses.replace(found, masks=masks)
+    if "phrase_masks" in parts[0]:
+        by_phrase = {
+            place: encode_logits(logits, scale, size)
+            for part, names in zip(parts, places, strict=True)
+            for place, logits in zip(names, part["phrase_masks"], strict=False)  # padded phrases come last
+            if np.any(logits > 0)
+        }
+        found = dataclasses.replace(found, phrase_masks=by_phrase)
+    return found
 
 
 def parameter_shapes(model: Module, config: ConfigDict) -> dict[str, Any]:

@@ -4,6 +4,7 @@ model = MedGLIP.from_pretrained("runs/demo")
 prediction = model.predict("chest.png", ["left lung", "nodule"])
 
 python -m medglip_jax.predict --checkpoint DIR --image F [F ...] --phrases "left lung. nodule" --out F.png
+python -m medglip_jax.predict --checkpoint DIR --volume F.nii.gz --phrases "liver. cyst" --masks OUT.nii.gz
 """
 
 import argparse
@@ -38,7 +39,9 @@ from medglip_jax.inference import (
     power_of_two,
     stack_prompts,
 )
+from medglip_jax.mask_outputs import Rle, decode, to_text
 from medglip_jax.pretrained import load_model
+from medglip_jax.volume_masks import PLANE_CHOICES, WINDOW_CHOICES, label_file
 
 ImageLike: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image
 Phrases: TypeAlias = str | Sequence[str]
@@ -59,6 +62,9 @@ class Prediction:
         phrases: the phrase of each box.
         modality: of the image, as it was stated or classified; "unknown" if neither.
         probability: of that modality, if it was classified; else None.
+        masks: the mask of each box, of the image's size, as COCO run lengths ({"size": [h, w], "counts": bytes}), where
+            the model has masks of boxes; else None. `mask_outputs.decode` makes an array of one.
+        phrase_masks: the masks that are not empty by their phrase, where the model has masks of phrases; else None.
     """
 
     boxes: np.ndarray
@@ -66,6 +72,8 @@ class Prediction:
     phrases: list[str]
     modality: str = MODALITIES[0]
     probability: float | None = None
+    masks: list[Rle] | None = None
+    phrase_masks: dict[str, Rle] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -227,8 +235,15 @@ class MedGLIP:
         found: Detections, names: list[str], threshold: float, limit: int, modality: str, probability: float | None
     ) -> Prediction:
         kept = np.flatnonzero(found.scores >= threshold)[:limit]
-        phrases = [names[i] for i in found.phrases[kept]]
-        return Prediction(found.boxes[kept], found.scores[kept], phrases, modality, probability)
+        return Prediction(
+            found.boxes[kept],
+            found.scores[kept],
+            [names[i] for i in found.phrases[kept]],
+            modality,
+            probability,
+            None if found.masks is None else [found.masks[i] for i in kept],
+            None if found.phrase_masks is None else {names[i]: mask for i, mask in found.phrase_masks.items()},
+        )
 
     def _tell_modalities(
         self, asked: str | Sequence[str], stated: list[str], canvases: list[Any], batch_size: int
@@ -295,7 +310,10 @@ class MedGLIP:
         for image, prompts, (_, _, scale) in zip(pixels, chunks, canvases, strict=True):
             parts, places = rows[start : start + len(prompts)], [indices for _, indices in prompts]
             limit = self.config.detection.max_detections
-            results.append(merge(parts, places, limit, scale=np.asarray(scale), size=image.shape[:2]))
+            margin = self.config.detection.mask_margin
+            results.append(
+                merge(parts, places, limit, scale=np.asarray(scale), size=image.shape[:2], mask_margin=margin)
+            )
             start += len(prompts)
         return results
 
@@ -313,7 +331,14 @@ def _phrases_of_each(phrases: Any, count: int, single: bool) -> list[list[str]]:
 
 def _draw(images: Sequence[str], predictions: Sequence[Prediction], out: str) -> None:
     entries = [
-        SheetEntry(read_image(path), pathlib.Path(path).name, found.boxes, found.phrases, found.scores)
+        SheetEntry(
+            read_image(path),
+            pathlib.Path(path).name,
+            found.boxes,
+            found.phrases,
+            found.scores,
+            masks=_shown_masks(found),
+        )
         for path, found in zip(images, predictions, strict=True)
     ]
     contact_sheet(entries, out, columns=4, tile=960 if len(entries) == 1 else 480)
@@ -328,8 +353,18 @@ def _describe_modality(prediction: Prediction, listed: str) -> str:
     return f" ({prediction.modality}{told}{'' if has_parts else ', with the shared parts of the model'})"
 
 
+def _shown_masks(found: Prediction) -> list[tuple[str, np.ndarray]]:
+    """Returns the masks of boxes, the best last; or else those of phrases, the largest first."""
+    if found.masks is not None:
+        pairs = list(zip(found.phrases, found.masks, strict=True))[::-1]
+    else:
+        pairs = list((found.phrase_masks or {}).items())
+    shown = [(phrase, decode(mask)) for phrase, mask in pairs]
+    return shown if found.masks is not None else sorted(shown, key=lambda pair: -int(pair[1].sum()))
+
+
 def _as_json(path: str, prediction: Prediction) -> dict[str, Any]:
-    return {
+    fields: dict[str, Any] = {
         "image": path,
         "boxes": prediction.boxes.tolist(),
         "scores": prediction.scores.tolist(),
@@ -337,6 +372,11 @@ def _as_json(path: str, prediction: Prediction) -> dict[str, Any]:
         "modality": prediction.modality,
         "modality_probability": prediction.probability,
     }
+    if prediction.masks is not None:
+        fields["masks"] = [to_text(mask) for mask in prediction.masks]
+    if prediction.phrase_masks is not None:
+        fields["phrase_masks"] = {phrase: to_text(mask) for phrase, mask in prediction.phrase_masks.items()}
+    return fields
 
 
 @reports_errors
@@ -345,7 +385,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="medglip predict", description="Finds phrases in images and draws the boxes.")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="a run's working directory, or an exported folder")
-    add("--image", required=True, nargs="+", metavar="FILE", help="image files")
+    add("--image", nargs="+", default=[], metavar="FILE", help="image files")
+    add("--volume", metavar="PATH", help="instead: a NIfTI file, or the folder of a DICOM series; needs --masks")
+    add("--masks", metavar="FILE", help="label map to write of the volume: .nii.gz, or .dcm (DICOM-SEG) of a series")
+    add("--plane", choices=PLANE_CHOICES, default="auto", help="slices of the volume to look at; default: as scanned")
+    add("--window", choices=WINDOW_CHOICES, default="auto", help="values of the volume that become black and white")
     add("--phrases", required=True, help="what to look for, as 'left lung. nodule'")
     add("--out", metavar="FILE", help="image file to draw the boxes into")
     add("--json", metavar="FILE", help="file to write the boxes to, in pixels of each image: x0 y0 x1 y1, half-open")
@@ -356,10 +400,26 @@ def main(argv: list[str] | None = None) -> int:
     add("--no-ema", action="store_true", help="use the parameters themselves instead of their running average")
     add_option(parser)
     options = parser.parse_args(argv)
+    if bool(options.image) == bool(options.volume) or bool(options.volume) != bool(options.masks):
+        raise ValueError("give --image FILE ..., or --volume PATH with --masks FILE")
 
     keep_compiled(options.compilation_cache)
     model = MedGLIP.from_pretrained(options.checkpoint, use_ema=False if options.no_ema else None)
     model.config.evaluation.modality_prefix |= options.modality_prefix
+    if options.volume:
+        counts = label_file(
+            model,
+            options.volume,
+            options.masks,
+            split_phrases(options.phrases),
+            plane=options.plane,
+            window=options.window,
+            threshold=options.threshold,
+        )
+        for phrase, count in counts.items():
+            print(f"{count:10} voxels  {phrase}")
+        print(f"written to {options.masks}")
+        return 0
     predictions = model.predict(
         options.image,
         options.phrases,

@@ -104,6 +104,11 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
         raise ValueError(
             f"config.data.max_tokens is {data.max_tokens}, but config.model.bert.max_positions is {bert.max_positions}"
         )
+    if bool(config.model.masks.kind) != (data.max_masks > 0):
+        raise ValueError(
+            f"config.model.masks.kind is {config.model.masks.kind!r} and config.data.max_masks {data.max_masks}: masks "
+            "are learnt where both are set, as in configs/demo_masks.py, and neither without the other"
+        )
     if (metric := config.training.best_metric) not in _SCORES:
         raise ValueError(f"config.training.best_metric is {metric!r}: expected {', '.join(_SCORES)}")
     if data.eval:

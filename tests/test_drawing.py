@@ -88,3 +88,20 @@ def test_any_box_can_be_drawn(corners):
     x0, x1, y0, y1 = *sorted(corners[:2]), *sorted(corners[2:])
     drawn = draw_predictions(GREY, np.array([[x0, y0, x1, y1]]), ["very long phrase " * 9], np.ones(1), least_side=64)
     assert drawn.size == (64, 64)
+
+
+def test_masks_are_tinted_in_the_colour_of_their_phrase():
+    mask = np.zeros((80, 80), bool)
+    mask[20:60, 10:50] = True
+    image = np.full((80, 80, 3), 120, np.uint8)
+    plain = draw_predictions(image, np.zeros((0, 4)), [], np.zeros(0))
+    drawn = draw_predictions(image, np.zeros((0, 4)), [], np.zeros(0), masks=[("nodule", mask)])
+    changed = (np.asarray(plain) != np.asarray(drawn)).any(axis=2)
+    scale = changed.shape[0] / 80
+    np.testing.assert_array_equal(changed, np.kron(mask, np.ones((int(scale), int(scale)))) > 0)
+    color, inside = (
+        np.asarray(phrase_colors([["nodule"]])["nodule"]),
+        np.asarray(drawn)[int(40 * scale), int(30 * scale)],
+    )
+    assert np.abs(inside - (120 + (color - 120) * 90 / 255)).max() <= 2
+    assert (np.asarray(drawn)[int(20 * scale), int(30 * scale)] == color).all()  # the edge

@@ -14,8 +14,9 @@ from data_pipelines.text import load_tokenizer
 from medglip_jax import MedGLIP, inference
 from medglip_jax.configuration import save_config
 from medglip_jax.inference import parameter_shapes
+from medglip_jax.mask_outputs import decode
 from medglip_jax.model.detector import GLIP
-from medglip_jax.predict import main, read_image, split_phrases
+from medglip_jax.predict import _as_json, main, read_image, split_phrases
 from medglip_jax.training.checkpoint import Checkpoints
 from medglip_jax.training.state import TrainState
 
@@ -104,6 +105,34 @@ def test_a_box_comes_back_from_the_canvas_exactly(model, pictures):
         height, width = pixels.shape[:2]
         np.testing.assert_allclose(found.boxes, [[width / 2, height / 2, width, height]], rtol=1e-6)
         assert found.phrases == [PHRASES[1]]
+
+
+def test_masks_go_with_their_boxes_and_into_the_json(model, pictures, tmp_path):
+    """The first box has the upper half of its image as its mask, the second the lower half; a phrase has the first."""
+
+    def detector(params, *, image, image_size, phrase_valid, **others):
+        rows = np.arange(16)[:, None] * 4 < image_size[:, 0][:, None, None] / 2
+        halves = np.where(np.stack([rows, ~rows], axis=1), 40, -40).astype(np.int8) * np.ones((16,), np.int8)
+        return {
+            "boxes": np.tile(np.float32([0, 0, 64, 64]), (len(image), 2, 1)),
+            "scores": np.tile(np.float32([0.9, 0.6]), (len(image), 1)),
+            "phrases": np.tile(np.int32([1, 0]), (len(image), 1)),
+            "masks": halves,
+            "phrase_masks": np.stack([np.full_like(halves[:, 0], -40), halves[:, 0]], axis=1),
+        }
+
+    model = with_detector(model, detector)
+    for pixels, found in zip(pictures, model.predict(pictures, PHRASES), strict=True):
+        assert found.phrases == PHRASES[::-1] and found.phrase_masks.keys() == {PHRASES[1]}
+        upper, lower = (decode(mask) for mask in found.masks)
+        assert upper.shape == pixels.shape[:2] and upper[0].all() and lower[-1].all() and not lower[0].any()
+        assert abs(upper.mean() - 0.5) < 0.1 and not (upper & lower).any()
+        np.testing.assert_array_equal(decode(found.phrase_masks[PHRASES[1]]), upper)
+        (kept,) = model.predict([pixels], PHRASES, threshold=0.7)
+        assert len(kept.masks) == 1
+        fields = json.loads(json.dumps(_as_json("a.png", found)))
+        assert [decode(mask).sum() for mask in fields["masks"]] == [upper.sum(), lower.sum()]
+        assert fields["phrase_masks"].keys() == {PHRASES[1]}
 
 
 def test_file_bytes_pillow_image_and_array_are_the_same_image(model, pictures, tmp_path):

@@ -316,6 +316,28 @@ class _DicomCase(Case):
         return Volume(volumes.reorient(values, turn), grid, self.modality)
 
 
+def read_series(folder: pathlib.Path) -> tuple[list[pathlib.Path], Volume, np.ndarray]:
+    """Reads the one series of images in a folder.
+
+    Returns:
+        (files from slice to slice, the volume in radiological orientation, how it was turned: `volumes.restore` gives
+        back [file, row, column]).
+
+    Raises:
+        SourceError: there is none, there are several, or it cannot be read or must not be (see `Series.arrange`).
+    """
+    found = _index(folder, "")
+    if found.unusable:
+        raise found.unusable[0].error
+    if len(found.series) != 1:
+        raise SourceError(f"{folder}: holds {len(found.series)} series of DICOM images, expected one; name its folder")
+    (series,) = found.series.values()
+    told = _MODALITIES.get(series.modality) or find_modality(series.modality) or "unknown"
+    paths, geometry = series.arrange()
+    turn, _ = volumes.to_radiological(geometry.affine, geometry.shape, str(folder))
+    return paths, _DicomCase(folder, series, None, (), told).read_volume(), turn
+
+
 def _keep_fitting(cases: list[_DicomCase], unused: list[str]) -> list[_DicomCase]:
     """Where several series share NIfTI labels, keeps those that lie in the same place; the others become `unused`."""
     shared: dict[pathlib.Path | None, list[_DicomCase]] = collections.defaultdict(list)

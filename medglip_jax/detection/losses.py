@@ -92,6 +92,7 @@ class Normalizers(NamedTuple):
 
     num_positives: jax.Array
     quality: jax.Array
+    masks: Any = None  # see `mask_losses.MaskCounts`
 
 
 def match_anchors(batch: Mapping[str, Any], config: ConfigDict | FrozenConfigDict, dtype: Any) -> Targets:
@@ -126,6 +127,7 @@ def detection_losses(
     batch: Mapping[str, Any],
     config: ConfigDict | FrozenConfigDict,
     normalizers: Normalizers | None = None,
+    targets: Targets | None = None,
 ) -> dict[str, jax.Array]:
     """Computes the training loss of a batch.
 
@@ -143,6 +145,7 @@ def detection_losses(
         config: `config.detection` of a recipe.
         normalizers: of the batch that this one is a part of, whose losses then sum to those of the whole; None takes
             this batch for the whole.
+        targets: from `match_anchors` of the batch; None makes them.
 
     Returns:
         Scalars of float32, or float64 where the outputs are: loss (the weighted sum), loss_token, loss_box,
@@ -160,7 +163,7 @@ def detection_losses(
             f"detection_losses: token_logits have {token_logits.shape[1]} anchors, but a canvas of {height}x{width} "
             f"pixels with strides {tuple(config.strides)} has {len(all_anchors)}; give the image that the model saw."
         )
-    targets = match_anchors(batch, config, deltas.dtype)
+    targets = targets or match_anchors(batch, config, deltas.dtype)
     positive, quality = targets.positive, targets.quality
     counted = count_normalizers(targets)
     totals = counted if normalizers is None else normalizers

@@ -46,6 +46,7 @@ def _detect_one(
     anchors: jax.Array,
     level_sizes: tuple[int, ...],
     config: ConfigDict | FrozenConfigDict,
+    with_anchors: bool,
 ) -> dict[str, jax.Array]:
     """Detects in one image; scores [N, K] are 0 for padded phrases, deltas [N, 4], centerness [N] (logits)."""
     num_phrases = scores.shape[1]
@@ -66,7 +67,8 @@ def _detect_one(
     kept = nms(corners, score, phrase, valid, iou_threshold=config.nms_iou, max_output=config.max_detections)
 
     empty = kept < 0
-    return {
+    found = {"anchors": jnp.where(empty, -1, anchor[kept].astype(jnp.int32))} if with_anchors else {}
+    return found | {
         "boxes": jnp.where(empty[:, None], 0, half_open(corners)[kept]),
         "scores": jnp.where(empty, 0, score[kept]),
         "phrases": jnp.where(empty, -1, phrase[kept].astype(jnp.int32)),
@@ -82,6 +84,7 @@ def detect(
     *,
     canvas: tuple[int, int],
     phrase_kinds: jax.Array | None = None,
+    with_anchors: bool = False,
 ) -> dict[str, jax.Array]:
     """Finds the boxes of each phrase in each image of a batch; static shapes, for use inside jit.
 
@@ -105,11 +108,12 @@ def detect(
         config: `config.detection` of a recipe.
         canvas: height and width in pixels of the images that the model saw (static).
         phrase_kinds: int32[B, Q, 2], pairs for `raise_broader`; None leaves the scores as they are.
+        with_anchors: return the anchor of each detection too.
 
     Returns:
         boxes [B, D, 4] (half-open canvas pixels inside image_size), scores [B, D] and phrases int32[B, D] (row of
         phrase_map), best first, D = max_detections; empty places hold zeros and phrase -1. Boxes and scores are
-        float32, or float64 where the outputs are.
+        float32, or float64 where the outputs are. If asked for, anchors int32[B, D], -1 for empty places.
 
     Raises:
         ValueError: the outputs do not have the number of anchors that the canvas gives.
@@ -129,5 +133,7 @@ def detect(
     if phrase_kinds is not None:
         scores = jax.vmap(raise_broader)(scores, phrase_kinds)
     anchors = jnp.asarray(all_anchors, deltas.dtype)
-    detect_one = functools.partial(_detect_one, anchors=anchors, level_sizes=level_sizes, config=config)
+    detect_one = functools.partial(
+        _detect_one, anchors=anchors, level_sizes=level_sizes, config=config, with_anchors=with_anchors
+    )
     return jax.vmap(detect_one)(scores, deltas, centerness, jnp.asarray(image_size))

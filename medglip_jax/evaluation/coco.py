@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from data_pipelines.schema import GroundingExample
 from medglip_jax.inference import Detections
+from medglip_jax.mask_outputs import Rle, to_text
 
 _AREA_ALL, _MAX_DETECTIONS_100 = 0, 2  # places in hotcoco's default area ranges and detection limits
 _THRESHOLDS = {"AP50": 0, "AP75": 5}  # places in the IoU thresholds 0.5, 0.55 ... 0.95
@@ -29,6 +31,8 @@ class GroundTruth:
         phrases: one a box.
         iscrowd: bool[n]; detections in a crowd are neither right nor wrong.
         absent: phrases that the image surely does not show.
+        masks: of each box, None where it has none; None where masks are not evaluated.
+        spacing_mm: (row, column) distance of pixels in mm, 0 if unknown.
     """
 
     image_id: str
@@ -38,10 +42,12 @@ class GroundTruth:
     phrases: tuple[str, ...]
     iscrowd: np.ndarray
     absent: tuple[str, ...] = ()
+    masks: tuple[Rle | None, ...] | None = None
+    spacing_mm: tuple[float, float] = (0.0, 0.0)
 
     @classmethod
-    def of(cls, example: GroundingExample, absent: Iterable[str] = ()) -> "GroundTruth":
-        """Takes what the metrics need from a record."""
+    def of(cls, example: GroundingExample, absent: Iterable[str] = (), *, masks: bool = False) -> "GroundTruth":
+        """Takes what the metrics need from a record, and its masks if they are evaluated."""
         regions = example.regions
         return cls(
             image_id=example.image_id,
@@ -51,6 +57,8 @@ class GroundTruth:
             phrases=tuple(region.phrase for region in regions),
             iscrowd=np.array([region.iscrowd for region in regions], bool),
             absent=tuple(absent),
+            masks=tuple(region.mask for region in regions) if masks else None,
+            spacing_mm=example.spacing_mm,
         )
 
 
@@ -60,8 +68,10 @@ def _to_coco(boxes: np.ndarray) -> list[list[float]]:
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
 
 
-def coco_dataset(truth: Sequence[GroundTruth], phrases: Sequence[str]) -> dict[str, Any]:
+def coco_dataset(truth: Sequence[GroundTruth], phrases: Sequence[str], *, masks: bool = False) -> dict[str, Any]:
     """Returns the ground truth as a COCO instances dictionary; images and categories count from 1.
+
+    With `masks` annotations have their masks, and an area of so many pixels; each must have one.
 
     Raises:
         ValueError: an image shows a phrase that is not in the list.
@@ -87,6 +97,12 @@ def coco_dataset(truth: Sequence[GroundTruth], phrases: Sequence[str]) -> dict[s
                     "iscrowd": int(crowd),
                 }
             )
+        if masks:
+            for annotation, mask in zip(
+                annotations[len(annotations) - len(known.boxes) :], known.masks or (), strict=True
+            ):
+                assert mask is not None
+                annotation |= {"segmentation": to_text(mask), "area": float(coco_mask.area(mask))}
     return {
         "info": {},
         "images": [
@@ -97,13 +113,19 @@ def coco_dataset(truth: Sequence[GroundTruth], phrases: Sequence[str]) -> dict[s
     }
 
 
-def coco_results(detections: Iterable[Detections]) -> list[dict[str, Any]]:
-    """Returns detections, one entry an image, as a COCO results list."""
+def coco_results(detections: Iterable[Detections], *, masks: bool = False) -> list[dict[str, Any]]:
+    """Returns detections, one entry an image, as a COCO results list of boxes, or of masks."""
     return [
-        {"image_id": image, "category_id": int(phrase) + 1, "bbox": box, "score": float(score)}
+        {"image_id": image, "category_id": int(phrase) + 1, "score": float(score), **place}
         for image, found in enumerate(detections, 1)
-        for box, score, phrase in zip(_to_coco(found.boxes), found.scores, found.phrases, strict=True)
+        for place, score, phrase in zip(_places(found, masks), found.scores, found.phrases, strict=True)
     ]
+
+
+def _places(found: Detections, masks: bool) -> list[dict[str, Any]]:
+    if masks:
+        return [{"segmentation": to_text(mask)} for mask in found.masks or ()]
+    return [{"bbox": box} for box in _to_coco(found.boxes)]
 
 
 def _mean(precision: np.ndarray) -> float | None:
@@ -117,7 +139,7 @@ def _defined(value: float) -> float | None:
 
 
 def average_precision(
-    truth: Sequence[GroundTruth], detections: Sequence[Detections], phrases: Sequence[str]
+    truth: Sequence[GroundTruth], detections: Sequence[Detections], phrases: Sequence[str], *, masks: bool = False
 ) -> dict[str, Any]:
     """Returns COCO's AP (IoU 0.5 to 0.95), AP50 and AP75 over all phrases, for each phrase and for each modality.
 
@@ -129,6 +151,7 @@ def average_precision(
         truth: one entry an image.
         detections: one entry an image, in the same order.
         phrases: what was asked for, without repetition; a detection names its phrase by the place in this list.
+        masks: take the overlap of masks instead of that of boxes.
 
     Returns:
         {"AP", "AP50", "AP75", "per_class": {phrase: {"AP", "AP50", "count"}},
@@ -142,9 +165,10 @@ def average_precision(
 
     if len(truth) != len(detections):
         raise ValueError(f"there are {len(truth)} images but the detections of {len(detections)}")
-    dataset = coco_dataset(truth, phrases)
+    dataset = coco_dataset(truth, phrases, masks=masks)
     reference = COCO(dataset)
-    evaluation = COCOeval(reference, reference.load_res(coco_results(detections)), "bbox")
+    found = reference.load_res(coco_results(detections, masks=masks))
+    evaluation = COCOeval(reference, found, "segm" if masks else "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
     assert evaluation.eval is not None

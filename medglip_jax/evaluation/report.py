@@ -53,6 +53,22 @@ def _sentences(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _mask_table(masks: Mapping[str, Any]) -> Table:
+    """Phrases by the number of images that show them, then all of them."""
+    table = Table(title=f"Masks, on {masks['images']} images", title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("Dice", "IoU", "HD95 mm", "HD95 px", "false area", "missed", "images"):
+        table.add_column(name, justify="right")
+    ordered = dict(sorted(masks["per_phrase"].items(), key=lambda item: (-item[1]["pairs"], item[0])))
+    for name, entry in (ordered | {"all": masks}).items():
+        distances = ["-" if entry[key] is None else f"{entry[key]:.1f}" for key in ("hd95_mm", "hd95_px")]
+        percents = [_percent(entry[key]) for key in ("dice", "iou", "false_area")]
+        table.add_row(name, *percents[:2], *distances, percents[2], str(entry["missed"]), str(entry["pairs"]))
+    if "AP" in masks:
+        table.caption = "  ".join(f"mask {name} {_percent(masks[name])}" for name in ("AP", "AP50", "AP75"))
+    return table
+
+
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints results as tables, in percent: phrases with ground truth (most boxes first), levels, modalities, and all.
 
@@ -71,6 +87,8 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         console.print(_table("Modalities", results["per_modality"], "images", _SHARES if grounded else {}))
     if grounded:
         console.print(_sentences(results), highlight=False)
+    if masks := results.get("masks"):
+        console.print(_mask_table(masks))
     console.print(
         f"[bold]AP {_percent(results['AP'])}  AP50 {_percent(results['AP50'])}  AP75 {_percent(results['AP75'])}[/bold]"
         f"  on {results['images']} images, {results['images_per_second']:.1f} images/s",

@@ -37,7 +37,9 @@ from medglip_jax.evaluation.levels import (
     measure_broader,
     measure_consistency,
 )
+from medglip_jax.evaluation.masks import mask_metrics
 from medglip_jax.inference import Detections, Detector, make_detector, merge, stack_prompts
+from medglip_jax.mask_outputs import decode
 from medglip_jax.parallel.mesh import batch_parts, describe_parts, to_global
 
 _HOST_KEYS = ("index", "valid", "scale", "original_size")
@@ -181,6 +183,7 @@ def detect_records(
                 config.detection.max_detections,
                 scale=host["scale"][row],
                 size=tuple(host["original_size"][row]),
+                mask_margin=config.detection.mask_margin,
             )
         first = first or (len(by_index), time.perf_counter())
     ended = time.perf_counter()
@@ -218,8 +221,9 @@ def evaluate_records(
 
     Returns:
         What `average_precision` returns, with what `add_levels` adds. With `evaluation.broader_phrases` also "broader",
-        of `measure_broader` and of a second pass, and "consistency" is of that one. With "seconds" of the whole
-        evaluation and "images_per_second" of detection; the same on every process. All of it goes into JSON.
+        of `measure_broader` and of a second pass, and "consistency" is of that one. Where the model has masks, what
+        `mask_metrics` returns, as "masks". With "seconds" of the whole evaluation and "images_per_second" of detection;
+        the same on every process. All of it goes into JSON.
 
     Raises:
         ValueError: the records hold no phrases or no images, the batch size does not fit the mesh, or the contact sheet
@@ -257,11 +261,11 @@ def evaluate_records(
     results = None
     if jax.process_index() == 0:  # only one reads the truth
         truth, entries = [], []
-        vocabularies = make_vocabularies([records.metadata])
+        masks, vocabularies = bool(config.model.masks.kind), make_vocabularies([records.metadata])
         shown = set(np.linspace(0, records.num_examples - 1, sheet_images).astype(int)) if sheet else set()
         for index, example in enumerate(read_examples(records)):
             vocabulary = vocabularies.get(example.dataset) or vocabularies[""]
-            truth.append(GroundTruth.of(example, vocabulary.find_absent(example)))
+            truth.append(GroundTruth.of(example, vocabulary.find_absent(example), masks=masks))
             if index in shown:
                 entries.append(_sheet_entry(decode_image(example.image), truth[-1], detections[index], phrases))
         if sheet:
@@ -272,6 +276,8 @@ def evaluate_records(
         if broader:
             results["broader"] = measure_broader(truth, wide, asked, labels, broader)
             results["consistency"] = measure_consistency(truth, wide, asked, labels | broader, threshold)
+        if masks:
+            results["masks"] = mask_metrics(truth, detections, phrases)
         results |= {"seconds": time.perf_counter() - started, "images_per_second": speed}
     return _broadcast(results)
 
@@ -286,6 +292,7 @@ def _check_sheet(path: str | os.PathLike, images: int) -> None:
 
 def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, phrases: Sequence[str]) -> SheetEntry:
     kept = np.flatnonzero(detections.scores >= _SHEET_SCORE)[: max(_SHEET_BOXES, len(truth.boxes))]
+    masks = detections.masks or [None] * len(detections.scores)
     return SheetEntry(
         image=image,
         title=f"{truth.modality} · {truth.image_id}",
@@ -294,6 +301,7 @@ def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, 
         scores=detections.scores[kept],
         true_boxes=truth.boxes,
         true_labels=truth.phrases,
+        masks=[(phrases[int(detections.phrases[i])], decode(mask)) for i in kept if (mask := masks[i])],
     )
 
 

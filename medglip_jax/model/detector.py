@@ -14,6 +14,7 @@ from medglip_jax.model.dyhead import DyConv
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.fusion import VLFuse
 from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
+from medglip_jax.model.masks import MaskBranch, check_kind
 from medglip_jax.model.remat import block_policies
 from medglip_jax.model.swin import Swin
 from medglip_jax.parallel.activations import PIXELS, TEXT, WHOLE_MAP, WHOLE_PIXELS, constrain
@@ -142,6 +143,7 @@ class GLIP(nn.Module):
         Returns:
             token_logits float32[B, N, L], box_deltas float32[B, N, 4], centerness float32[B, N]. N counts the anchors
             of all levels, finest first, row by row; a level of stride s has ceil(H / s) rows and ceil(W / s) columns.
+            With `config.masks.kind` also what `MaskBranch` returns.
         """
         config = self.config
         if config.dtype not in _DTYPES:
@@ -150,9 +152,12 @@ class GLIP(nn.Module):
         policies = block_policies(config.remat, block_paths(config))
         mask = attention_mask.astype(bool)
 
-        features = Swin(config.swin, dtype, _below("backbone/", policies), scan, name="backbone")(
+        check_kind(config.masks.kind)
+        first = 0 if config.masks.kind else 1  # the finest stage is for masks alone
+        features = Swin(config.swin, dtype, _below("backbone/", policies), scan, first, name="backbone")(
             pixels.astype(dtype), train
         )
+        detail, features = features[: 1 - first], features[1 - first :]
         self.sow("intermediates", "backbone_levels", features)
         levels = FPN(config.fpn, dtype, name="neck")(features, train)
         self.sow("intermediates", "neck_levels", levels)
@@ -167,4 +172,7 @@ class GLIP(nn.Module):
         levels, text = run_blocks(
             self, blocks, lambda block, streams, _: block(*streams, mask, train), (levels, text), scan=scan, train=train
         )
-        return Head(config.prior_probability, dtype, name="head")(levels, text)
+        outputs = Head(config.prior_probability, dtype, name="head")(levels, text)
+        if config.masks.kind:
+            outputs |= MaskBranch(config.masks, config.prior_probability, dtype, name="masks")(levels, detail[0], text)
+        return outputs

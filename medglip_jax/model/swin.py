@@ -163,18 +163,20 @@ class PatchEmbed(nn.Module):
 
 
 class Swin(nn.Module):
-    """The backbone: feature maps of strides 8, 16 and 32.
+    """The backbone: feature maps of strides 8, 16 and 32, or from stride 4 on.
 
     Attributes:
         config: `config.model.swin`.
         remat: policy of each block by its name (see `Block`); those that are not named have none.
         scan: run the blocks of a stage as a loop over pairs.
+        first: the first stage whose features are returned: 1, or 0.
     """
 
     config: ConfigDict
     dtype: jnp.dtype
     remat: Mapping[str, str] = FrozenDict()
     scan: bool = False
+    first: int = 1
 
     @nn.compact
     def __call__(self, pixels: Array, train: bool) -> tuple[Array, ...]:
@@ -209,7 +211,7 @@ class Swin(nn.Module):
                 period=2,  # every other block shifts its windows
                 rates=rates if any(rates) else None,
             )
-            if stage > 0:
+            if stage >= self.first:
                 feature = layer_norm(f"norm_{stage}", _EPSILON, self.dtype)(x)
                 features.append(move_by(self, f"stage_{stage}", PLACES, feature))
             if stage + 1 < len(config.depths):

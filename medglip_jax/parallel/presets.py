@@ -50,6 +50,17 @@ PRESETS: dict[str, Rules] = {
     "hsdp": _preset("fsdp", None),
     "fsdp_tp": _preset(("replica", "fsdp"), "tensor"),
 }
+_SPLIT: dict[str, Any] = {"ddp": None, "fsdp": ("replica", "fsdp"), "hsdp": "fsdp", "fsdp_tp": ("replica", "fsdp")}
+
+
+def mask_rules(preset: str) -> Rules:
+    """Returns rules for the mask branch (`model.masks`) that go with a preset."""
+    split = _SPLIT[preset]
+    return (
+        (r"^masks/(lateral_\d+|controller)/kernel$", (split,)),  # from the tower's channels
+        (r"^masks/conv_\d+/kernel$", (None, None, split)),
+        (r"^masks/((detail|pixel_projection|maps)/kernel|bias_lang|bias0)$", ()),  # a few thousand numbers
+    )
 
 
 def adapter_rules(rules: Rules) -> Rules:
@@ -103,7 +114,7 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
     """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules`, `sharding`, `finetune` and `model.modality`.
+        config: a recipe; reads `sharding_rules`, `sharding`, `finetune`, `model.modality` and `model.masks.kind`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -116,6 +127,8 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
     if config.model.modality.names:
         given = [rule for rule in config.sharding_rules if "modality" in rule[0]]
         rules = (*given, *modality_rules(base, _MODALITIES[config.sharding]), *base)
+    if config.model.masks.kind:
+        rules = (*rules, *mask_rules(config.sharding))
     if config.finetune.lora_rank:
         return (*rules, *adapter_rules(base))
     return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase

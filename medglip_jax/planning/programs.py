@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data_pipelines.hierarchy import HierarchyRule
+from data_pipelines.mask_targets import packed_size
 from medglip_jax.inference import make_detector, parameter_shapes, power_of_two
 from medglip_jax.model.detector import GLIP
 from medglip_jax.model.lora import without_adapters
@@ -53,6 +54,14 @@ def train_batch(config: ConfigDict, images: int, sharding: Any) -> dict[str, jax
         shapes["modality"] = ((), jnp.int32)
     hierarchy = HierarchyRule.from_config(config.data.hierarchy).make_arrays(boxes, tokens)
     shapes |= {name: (x.shape, x.dtype) for name, x in hierarchy.items()}
+    if masks := config.data.max_masks:
+        packed = packed_size((height, width))
+        shapes |= {
+            "masks": ((masks, *packed), jnp.uint8),
+            "mask_boxes": ((masks,), jnp.int32),
+            "phrase_masks": ((masks, *packed), jnp.uint8),
+            "phrase_tokens": ((masks, tokens), jnp.bool_),
+        }
     return {
         name: jax.ShapeDtypeStruct((images, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()

@@ -25,7 +25,7 @@ Params = Any  # nested dict of arrays, or of their shapes
 # Of each mode, the paths that train: re.search of this pattern finds them.
 MODES = {
     "full": r"",
-    "heads": r"^(head|lora)/",
+    "heads": r"^(head|masks|lora)/",
     "lora": r"^lora/",
     "prompt": r"^prompt/offsets$",
     "modality": rf"^{MODALITY}/",

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from medglip_jax.detection.losses import Normalizers, count_normalizers, detection_losses, match_anchors
+from medglip_jax.detection.mask_losses import add_mask_losses, count_masks, match_masks
 from medglip_jax.model.lora import merge_adapters
 from medglip_jax.model.modality import classify
 from medglip_jax.model.pixels import normalize_pixels
@@ -64,17 +65,19 @@ def make_train_step(
 
     Args:
         model: the detector.
-        config: a recipe; reads `detection`, `finetune`, `optimizer`, `schedule`, `training.accumulation`, `sharding`,
-            `sharding_rules`, `activation_rules`, and `model.modality` with what `classify` reads.
+        config: a recipe; reads `detection`, `model.masks.kind`, `finetune`, `optimizer`, `schedule`,
+            `training.accumulation`, `sharding`, `sharding_rules`, `activation_rules`, and `model.modality` with what
+            `classify` reads.
         optimizer: from `make_optimizer`.
         mesh: from `make_mesh`, on which activations lie by `activation_rules`; None leaves that to XLA.
 
     Returns:
         step(state, batch) -> (state, metrics). The batch has image, image_size, input_ids, attention_mask, boxes,
-        box_mask, positive_map, modality where that has names, and what else `detection_losses` reads; other keys are
-        ignored. Metrics are float32 scalars: those of `detection_losses`, grad_norm (before clipping, of what trains),
-        learning_rate, with a classifier loss_modality and modality_accuracy; and finite, bool:
-        whether loss and gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
+        box_mask, positive_map, modality where that has names, what else `detection_losses` reads, and where the model
+        has masks (`model.masks.kind`) what `match_masks` reads; other keys are ignored. Metrics are float32 scalars:
+        those of `detection_losses` (and of masks, see `add_mask_losses`), grad_norm (before clipping, of what trains),
+        learning_rate, with a classifier loss_modality and modality_accuracy; and finite, bool: whether loss and
+        gradient are; and nonfinite, int32[groups]: how many numbers of the gradient are not, by
         `gradient_groups`. Where they are not, the state comes back as it was, except that the step counts.
 
         With `training.accumulation` the batch is taken in that many micro-batches. Loss and gradient are those of the
@@ -83,6 +86,7 @@ def make_train_step(
     """
     schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
     accumulation, modality = config.training.accumulation, config.model.modality
+    dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
 
     def loss_of(
         trained: Any,
@@ -104,7 +108,10 @@ def make_train_step(
             train=True,
             rngs={"dropout": dropout},
         )
-        losses = detection_losses(outputs, batch, config.detection, normalizers)
+        targets = match_anchors(batch, config.detection, dtype) if config.model.masks.kind else None
+        losses = detection_losses(outputs, batch, config.detection, normalizers, targets)
+        if targets is not None:
+            losses = add_mask_losses(losses, outputs, batch, targets, config.detection, normalizers)
         if modality.classifier:
             logits = classify(params, config.model, pixels, batch["image_size"])
             losses |= modality_losses(logits, batch, modality, accumulation)
@@ -118,8 +125,10 @@ def make_train_step(
             if accumulation == 1:
                 grads, losses = jax.grad(loss_of, has_aux=True)(trained, fixed, batch, dropout)
             else:
-                dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
-                whole = count_normalizers(match_anchors(batch, config.detection, dtype))
+                targets = match_anchors(batch, config.detection, dtype)
+                whole = count_normalizers(targets)
+                if config.model.masks.kind:
+                    whole = whole._replace(masks=count_masks(match_masks(batch, targets, config.detection)))
                 rows = split_batch(batch, accumulation, mesh)
                 grads, losses = accumulate_gradients(
                     lambda trained, part, key: loss_of(trained, fixed, part, key, whole), trained, rows, dropout

@@ -57,6 +57,18 @@ def test_each_phrase_gets_its_box_best_first():
     assert found["boxes"].shape == (1, CONFIG.max_detections, 4) and found["phrases"].dtype == jnp.int32
 
 
+def test_the_anchor_of_a_box_is_told_if_asked_for():
+    outputs = silent_outputs()
+    say(outputs, 0, 30, [2, 3], 0.0, [10, 12, 40, 44])
+    say(outputs, 0, 60, [1], 3.0, [50, 20, 90, 60])
+    inputs = outputs, sizes(), PHRASE_MAP, np.ones(3, bool)
+    found = jax.jit(functools.partial(detect, config=CONFIG, canvas=CANVAS, with_anchors=True))(*inputs)
+    assert found["anchors"][0, :3].tolist() == [60, 30, -1]
+    plain = run(*inputs)
+    assert found.keys() - plain.keys() == {"anchors"}
+    np.testing.assert_array_equal(found["boxes"], plain["boxes"])
+
+
 def test_absent_phrase_gets_no_box():
     found = run(silent_outputs(2), sizes(2), PHRASE_MAP, np.ones(3, bool))
     np.testing.assert_array_equal(found["phrases"], -1)
