@@ -40,6 +40,7 @@ def recipe(tiny_config, records):
     config = tiny_config.copy_and_resolve_references()
     config.data.train, config.data.eval = f"{records}:train", f"{records}:validation"
     config.data.max_tokens, config.data.max_boxes = 64, 32  # a phantom CT has up to 57 tokens of phrases
+    config.model.swin.depths = (1, 1, 1, 1)  # compiling is what takes the time here
     config.schedule.steps, config.schedule.warmup_steps = 4, 1
     config.training.checkpoint_every, config.training.log_every = 2, 1
     return config
@@ -214,17 +215,6 @@ def test_export_of_the_parameters_themselves(run, tmp_path, capsys):
     assert export.main(again) == 0  # an export is a checkpoint
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "again")]
     assert weights[0] == weights[1]
-
-
-def test_run_starts_from_an_exported_model(run, recipe, tmp_path, capsys):
-    _, params, config, tokenizer = load_model(run[0])
-    moved = jax.tree.map(lambda x: np.asarray(x) + 3, params)
-    export.export(moved, config, tokenizer, tmp_path / "export")
-    train(change(recipe, init__model=str(tmp_path / "export"), data__eval=""), tmp_path / "run")
-    assert f"{tmp_path / 'export'}: {len(jax.tree.leaves(params))} parameters" in capsys.readouterr().out
-    trained, _ = load_params(tmp_path / "run")
-    distance = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), trained, moved)
-    assert max(jax.tree.leaves(distance)) < 0.1
 
 
 @pytest.fixture
