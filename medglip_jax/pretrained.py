@@ -17,6 +17,7 @@ from medglip_jax.inference import check_parameters, flat_shapes, parameter_shape
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import is_folder, read_folder
 from medglip_jax.model.detector import GLIP
+from medglip_jax.model.masks import is_of_masks, without_masks
 from medglip_jax.model.modality import MODALITY, copies, modality_names
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.presets import resolve_rules
@@ -120,6 +121,10 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
         wanted = flat_shapes(parameter_shapes(GLIP(config.model), config))
         if MODALITY not in params:  # what modalities have of their own starts from a plain model's parts
             wanted = {path: shape for path, shape in wanted.items() if not path.startswith(f"{MODALITY}/")}
+        if not own.model.masks.kind:  # a plain model: the mask branch of the recipe starts from random numbers
+            wanted = {path: shape for path, shape in wanted.items() if not is_of_masks(path)}
+        elif not config.model.masks.kind:
+            params, _ = without_masks(params, own)
         if mismatches := list_mismatches(flat_shapes(params), wanted, "the recipe"):
             raise ValueError(f"config.init.model, {config.init.model}, is a model of other sizes:\n{mismatches}")
         tell(f"{config.init.model}: {len(wanted)} parameters")

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from data_pipelines.text import load_tokenizer
+from medglip_jax.inference import flat_shapes, parameter_shapes
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import write_folder
 from medglip_jax.interop.state_dict import ImportReport
 from medglip_jax.model.detector import GLIP
+from medglip_jax.model.masks import is_of_masks
 from medglip_jax.parallel.mesh import make_mesh
 from medglip_jax.predict import MedGLIP
 from medglip_jax.pretrained import load_model, pretrained_parameters, start_from
@@ -56,6 +58,15 @@ def test_run_starts_from_a_model(folder, state, tiny_config):
     # The step donates its state: the average must not be the parameters themselves.
     pairs = zip(jax.tree.leaves(started.params), jax.tree.leaves(started.ema), strict=True)
     assert not any(x is y for x, y in pairs)
+
+
+def test_a_plain_model_starts_one_with_masks(folder, state, tiny_config):
+    config = tiny_config.copy_and_resolve_references()
+    config.init.model, config.model.masks.kind, config.model.masks.channels = str(folder), "both", 16
+    found = pretrained_parameters(config, lambda _: None)
+    assert flat_shapes(found) == flat_shapes(state[0].params)
+    shapes = flat_shapes(parameter_shapes(GLIP(config.model), config))
+    assert {path for path in shapes if is_of_masks(path)} == shapes.keys() - flat_shapes(found).keys()
 
 
 def test_encoders_go_before_the_model(folder, state, tiny_config, monkeypatch):

@@ -108,6 +108,11 @@ class MaskBranch(nn.Module):
         return outputs
 
 
+def is_of_masks(path: str) -> bool:
+    """Tells the parameters that a model has for masks alone, by their path "masks/conv_0/kernel"."""
+    return path.startswith(("masks/", "backbone/norm_0/"))
+
+
 def without_masks(params: Any, config: ConfigDict) -> tuple[Any, ConfigDict]:
     """Returns the plain detector in a model with masks: the same boxes, nothing else.
 
