@@ -1,0 +1,186 @@
+"""What each part of Med-GLIP is worth: plain GLIP, and one part after another on top of it, at the same budget.
+
+    python -m benchmarks.ablations --root DIR [--seeds 3] [--steps 500] [--only plain,masks] [--folder ablation_runs]
+
+builds the mixed corpus of configs/ablation_corpus.yaml from the folders below DIR, trains configs/ablation.py with the
+changes of each setting from each seed, and evaluates on the patients held out. What is in FOLDER already is not made
+again: the same command goes on. It prints a table of means and standard deviations over the seeds, writes them to
+--output, and leaves the predictions of every run in FOLDER.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from benchmarks.mesh_invariance import cpu_name
+from configs.ablation import get_config
+from data_pipelines.building.corpus import build_corpus
+from data_pipelines.building.recipe import read_recipe
+from data_pipelines.records import METADATA_FILE
+from medglip_jax.configuration import save_config
+from medglip_jax.training.logging import METRICS_FILE
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODALITIES = "xray,ct,mri,ultrasound,endoscopy,dermoscopy,fundus,microscopy"
+
+# What each setting changes, beside what all settings before it change; what a recipe calls by these paths.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "prompts": {
+        "data.prefix_probability": 0.5,
+        "data.hard_negative_share": 0.25,
+        "data.variant_probability": 0.15,
+        "evaluation.modality_prefix": True,
+    },
+    "modality": {
+        "model.modality.names": MODALITIES,
+        "model.modality.embedding": True,
+        "model.modality.image_parts": "patch_embed,norms,lora",
+        "model.modality.lora_rank": 4,
+        "model.modality.dropout": 0.1,
+    },
+    "hierarchy": {
+        "data.parents_positive_probability": 0.25,
+        "data.hierarchy.ignored": ("is_a", "may_be"),
+        "data.hierarchy.max_pairs": 32,
+        "data.hierarchy.containers": True,
+        "data.balance_granularities": 0.5,
+        "data.sibling_negative_share": 0.25,
+        "detection.score_consistency_weight": 1.0,
+        "detection.containment_weight": 0.5,
+    },
+    "masks": {
+        "data.max_masks": 16,
+        "model.masks.kind": "both",
+        "model.masks.channels": 32,
+        "model.masks.norm_groups": 8,
+    },
+}
+# Of an evaluation, by path; what a setting does not have is left out.
+METRICS = ("AP50", "AP", "accuracy", "false_phrases", "false_images", "masks/dice", "masks/iou", "masks/AP50")
+
+
+def make_recipe(setting: str, records: pathlib.Path, seed: int, steps: int, *, alone: bool = False) -> ConfigDict:
+    """Returns the recipe of a run.
+
+    Args:
+        setting: one of `SETTINGS`; those before it are in it.
+        records: of the corpus.
+        seed: of parameters, order and augmentation.
+        steps: of the run.
+        alone: only the setting's own changes, on plain GLIP.
+    """
+    config = get_config()
+    names = list(SETTINGS)
+    for name in [setting] if alone else names[: names.index(setting) + 1]:
+        config.update_from_flattened_dict(SETTINGS[name])
+    config.seed, config.schedule.steps, config.training.checkpoint_every = seed, steps, steps
+    config.data.train, config.data.eval = f"{records}:train", f"{records}:validation"
+    return config
+
+
+def _look_up(results: Mapping[str, Any], path: str) -> float | None:
+    value: Any = results
+    for key in path.split("/"):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+    """Trains and evaluates in a process of its own, unless that was done; returns metrics, and what they cost."""
+    cost_file = workdir / "cost.json"
+    if not cost_file.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = pathlib.Path(folder) / "recipe.json"
+            save_config(config, recipe)
+            command = [sys.executable, "-m", "medglip_jax.train", "--config", str(recipe), "--workdir", str(workdir)]
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+            with (workdir / "log.txt").open("a") as log:
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{workdir / 'log.txt'}: the run ended with status {process.returncode}")
+        scale = 1 if sys.platform == "darwin" else 1024
+        cost_file.write_text(json.dumps({"memory_mib": usage.ru_maxrss * scale / 2**20}))
+    results = json.loads((workdir / "evaluation.json").read_text())
+    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
+    seconds = [line["step_seconds"] for line in lines[2:] if "step_seconds" in line]
+    found = {name: value for name in METRICS if (value := _look_up(results, name)) is not None}
+    return found | json.loads(cost_file.read_text()) | {"step_seconds": statistics.median(seconds)}
+
+
+def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Returns mean and standard deviation (of a sample) of each number that all runs have."""
+    names = [name for name in runs[0] if all(name in each for each in runs)]
+    return {
+        name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+        for name in names
+        for values in [[each[name] for each in runs]]
+    }
+
+
+def table(summaries: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Returns the summaries in Markdown; shares in percent."""
+    columns = [name for name in (*METRICS, "step_seconds", "memory_mib") if any(name in s for s in summaries.values())]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for setting, summary in summaries.items():
+        cells = []
+        for name in columns:
+            scale, digits = {"step_seconds": (1, 2), "memory_mib": (1, 0)}.get(name, (100, 1))
+            mean, deviation = summary.get(name, (None, None))
+            cells.append("" if mean is None else f"{mean * scale:.{digits}f} ± {(deviation or 0) * scale:.{digits}f}")
+        lines.append(f"| {setting} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Makes the runs that are missing, prints the table and writes the summaries."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--root", type=pathlib.Path, required=True, help="folder of the data sets of configs/ablation_corpus.yaml")
+    add("--folder", type=pathlib.Path, default=pathlib.Path("ablation_runs"), help="for records and runs")
+    add("--seeds", type=int, default=3, help="runs of each setting; default: %(default)s")
+    add("--steps", type=int, default=500, help="of a run; default: %(default)s")
+    add("--only", default="", help="settings, by commas; default: all")
+    add("--alone", action="store_true", help="each part alone on plain GLIP, instead of on top of those before it")
+    add("--output", type=pathlib.Path, default=None, help="JSON file for the summaries")
+    options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(SETTINGS)
+    if unknown := [name for name in names if name not in SETTINGS]:
+        parser.error(f"--only {options.only}: there is no setting {unknown[0]!r}, there are {', '.join(SETTINGS)}")
+
+    folder = options.folder.resolve()
+    records = folder / "records"
+    if not (records / METADATA_FILE).exists():
+        build_corpus(read_recipe(ROOT / "configs" / "ablation_corpus.yaml"), records, root=options.root)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for seed in range(options.seeds):  # a seed of all settings first, so that an early end compares like with like
+        for name in names:
+            label = f"{name}{'_alone' if options.alone and name != 'plain' else ''}_{options.steps}_{seed}"
+            config = make_recipe(name, records, seed, options.steps, alone=options.alone)
+            found[name].append(run(config, folder / label))
+            print(label, {key: round(value, 4) for key, value in found[name][-1].items()}, file=sys.stderr, flush=True)
+    summaries = {name: summarize(runs) for name, runs in found.items()}
+    print(table(summaries))
+    if options.output:
+        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+        content = {"steps": options.steps, "seeds": options.seeds, "alone": options.alone, "settings": summaries}
+        content |= {"runs": found, "machine": machine, "jax": jax.__version__}
+        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
