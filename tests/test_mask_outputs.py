@@ -23,6 +23,12 @@ def test_a_part_is_encoded_as_the_whole_image_is(data):
     assert encode_crop(part, (y, x), (height, width)) == dict(coco_mask.encode(whole))
 
 
+def test_a_run_goes_on_in_the_next_column():
+    whole = np.ones((3, 4), np.uint8, order="F")
+    whole[:, [0, 3]] = 0
+    assert encode_crop(np.ones((3, 2), bool), (0, 1), (3, 4)) == dict(coco_mask.encode(whole))
+
+
 def disc(height, width):
     rows, columns = np.mgrid[:height, :width]
     return (((rows - 0.45 * height) / height) ** 2 + ((columns - 0.6 * width) / width) ** 2 < 0.3**2).astype(np.uint8)
