@@ -173,6 +173,21 @@ class Vocabulary:
             negatives[self._names[index]] = self.phrases[index]
         return negatives
 
+    def find_absent(self, example: GroundingExample) -> set[str]:
+        """Returns the phrases that an image surely does not show, whatever else it may show.
+
+        Of an exhaustive data set, all of its own that would be marked if they were there: as in `sample_negatives`
+        without those of other data sets. And those of the labels that an expert looked for and did not find.
+        """
+        free = self._is_own & self._exhaustive  # [V]
+        for region in example.regions:
+            free[self._find_blocked(region.phrase, region.label, region.parent)] = False
+        if texts := _own_sentences(example):
+            free[self._find_mentioned(texts)] = False
+        _, labels = _shown(example.regions)
+        denied = {self.phrase_of(label) for label in example.absent if label not in labels}
+        return denied.union(self.phrases[index] for index in np.flatnonzero(free))
+
     def _sample_absent(self, example: GroundingExample, rng: np.random.Generator, count: int) -> dict[str, str]:
         """Draws up to `count` phrases of the absent labels, by name, without what the image shows."""
         names, labels = _shown(example.regions)
