@@ -39,7 +39,7 @@ from medglip_jax.interop.reading import read_state_dict
 from medglip_jax.interop.verify import Agreement, compare_with_twin, load_twin, require_torch
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.predict import MedGLIP
-from medglip_jax.pretrained import load_arrays, tokenizer_of
+from medglip_jax.pretrained import load_arrays, require_detector, tokenizer_of
 from medglip_jax.train import EVALUATION_FILE
 
 __all__ = ["export", "read_export"]
@@ -179,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
 
     use_ema = False if options.no_ema else None
     params, config = load_arrays(options.checkpoint, use_ema)
+    require_detector(config, options.checkpoint)
     if PROMPT in params:
         raise ValueError(
             f"{options.checkpoint} is a run of prompt tuning: its weights are those it started from "

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from medglip_jax.inference import make_detector, power_of_two
-from medglip_jax.model.detector import GLIP
 from medglip_jax.model.lora import without_adapters
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, describe_parts
 from medglip_jax.planning.costs import CostModel
 from medglip_jax.planning.hlo import parse
@@ -61,7 +61,7 @@ def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
         mesh: from `make_mesh`, of devices of a topology.
         images: of a global batch.
     """
-    model, optimizer = GLIP(config.model), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     state = abstract_state(model, config, optimizer, jax.eval_shape(lambda: jax.random.key(0)), mesh)
     placed = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
@@ -75,7 +75,7 @@ def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
 
 def lower_eval(config: ConfigDict, mesh: Mesh, images: int) -> Any:
     """Lowers the detection of `medglip evaluate`: one full prompt, of as many phrases as training samples negatives."""
-    model = GLIP(config.model)
+    model = make_model(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = without_adapters(abstract_state(model, config, make_optimizer(config), key, mesh).params)
     phrases, tokens = power_of_two(config.data.max_negatives), config.data.max_tokens
@@ -99,7 +99,7 @@ def forward_flops(config: ConfigDict) -> tuple[float, int]:
 
     The FLOPs are counted in the program before any compiler changed it; nothing is recomputed, padded or partitioned.
     """
-    model = GLIP(config.model)
+    model = make_model(config)
     height, width = config.data.canvas
     pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
     tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
