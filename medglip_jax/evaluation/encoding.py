@@ -47,7 +47,7 @@ def encode_records(
         between_batches: called before each batch; what it raises ends it.
 
     Returns:
-        float[N, ...] in the records' order, on every process; and images per second.
+        float[N, ...] in the records' order, on every process; and images per second, compilation included.
     """
     loader = eval_loader(
         config.data,

@@ -47,10 +47,25 @@ def train_batch(config: ConfigDict, images: int, sharding: Any) -> dict[str, jax
         "box_mask": ((boxes,), jnp.bool_),
         "positive_map": ((boxes, tokens), jnp.float32),
     }
+    if config.data.text != "prompts":
+        shapes = {name: shapes[name] for name in ("image", "image_size")} | _text_shapes(config.data)
     return {
         name: jax.ShapeDtypeStruct((images, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def _text_shapes(data: ConfigDict) -> dict[str, Any]:
+    """Returns what `TextRule` writes for an image, as shapes and types."""
+    tokens, most = (data.max_tokens,), (data.max_descriptions,)
+    if data.text == "descriptions":
+        return {
+            "input_ids": ((*most, *tokens), jnp.int32),
+            "attention_mask": ((*most, *tokens), jnp.int32),
+            "boxes": ((*most, 4), jnp.float32),
+            "box_mask": (most, jnp.bool_),
+        }
+    return dict.fromkeys(("input_ids", "attention_mask"), (tokens, jnp.int32)) if data.text == "captions" else {}
 
 
 def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
@@ -102,7 +117,8 @@ def forward_flops(config: ConfigDict) -> tuple[float, int]:
     model = make_model(config)
     height, width = config.data.canvas
     pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
+    texts = (config.data.max_descriptions,) if config.data.text == "descriptions" else ()
+    tokens = jax.ShapeDtypeStruct((1, *texts, config.data.max_tokens), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(model.init, key, pixels, tokens, tokens)
     lowered = jax.jit(lambda *arguments: model.apply(*arguments, train=False)).lower(variables, pixels, tokens, tokens)

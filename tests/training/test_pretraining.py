@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medglip_jax.model.pixels import normalize_pixels
-from medglip_jax.model.pretraining import repeat_cells
+from medglip_jax.model.pretraining import make_model, repeat_cells
 from medglip_jax.parallel.mesh import make_mesh, to_global
+from medglip_jax.planning.programs import train_batch
 from medglip_jax.training.pretraining import check_pretraining, draw_masks, make_gradients
+from tests.training.towers import Towers
 
 SIDE, BATCH = 64, 8
+PAINTER = {"token": (3,), "colours": (3, 3)}
 
 
 class Painter:
@@ -22,21 +25,6 @@ class Painter:
         params = variables["params"]
         masked = repeat_cells(masked, SIDE // masked.shape[1])[..., None]
         return {"painted": jnp.where(masked, params["token"], pixels) @ params["colours"]}
-
-
-class Towers:
-    """Embeds mean colours of images, or of the corner of boxes, and mean words of texts."""
-
-    def apply(self, variables, pixels, input_ids, attention_mask, train, rngs, image_size=None, boxes=None):
-        params = variables["params"]
-        images = pixels.mean(axis=(1, 2)) if boxes is None else boxes.reshape(-1, 4)[:, :3] / SIDE
-        words = params["words"][input_ids.reshape(-1, input_ids.shape[-1])].mean(axis=1)
-        return {
-            "image_embedding": jnp.tanh(images @ params["colours"]),
-            "text_embedding": jnp.tanh(words),
-            "log_scale": params["log_scale"],
-            "logit_bias": params["logit_bias"],
-        }
 
 
 @pytest.fixture
@@ -63,10 +51,15 @@ def batch():
     }
 
 
-def params_of(*names):
+@pytest.fixture
+def painter():
     rng = np.random.default_rng(1)
-    shapes = {"token": (3,), "colours": (3, 3), "words": (50, 3), "log_scale": (), "logit_bias": ()}
-    return {name: jnp.asarray(rng.normal(size=shapes[name]), jnp.float32) for name in names}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in PAINTER.items()}
+
+
+@pytest.fixture
+def towers():
+    return Towers().init(jax.random.key(1))["params"]
 
 
 def gradients(model, config, batch, params, **sizes):
@@ -90,39 +83,36 @@ def test_a_share_of_each_image_is_masked_and_none_of_its_padding(seed, ratio, pa
         assert abs(masked.sum() - max(ratio * rows * columns, 1)) <= 0.5 + 1e-4 * rows * columns
 
 
-def test_only_masked_pixels_of_the_image_count(config, batch):
-    params = params_of("token", "colours")
-    _, losses = gradients(Painter(), with_task(config, "masked_image", "none"), batch, params)
+def test_only_masked_pixels_of_the_image_count(config, batch, painter):
+    _, losses = gradients(Painter(), with_task(config, "masked_image", "none"), batch, painter)
     key = jax.random.split(jax.random.key(3))[0]
     masks = np.asarray(draw_masks(key, batch["image_size"], (SIDE, SIDE), 16, config.pretraining.mask_ratio))
     pixels = np.asarray(normalize_pixels(batch["image"], batch["image_size"]))
-    painted, wrong = np.asarray(params["token"] @ params["colours"]), []
+    painted, wrong = np.asarray(painter["token"] @ painter["colours"]), []
     for image, (height, width), masked in zip(pixels, batch["image_size"], masks, strict=True):
         inside = np.kron(masked, np.ones((16, 16), bool))[:height, :width]
         wrong.append(np.abs(image[:height, :width][inside] - painted).ravel())
     assert losses["loss"] == pytest.approx(np.concatenate(wrong).mean(), rel=1e-5)
 
 
-def test_masked_images_in_parts_and_on_a_mesh_give_the_numbers_of_the_whole(config, batch):
+def test_masked_images_in_parts_and_on_a_mesh_give_the_numbers_of_the_whole(config, batch, painter):
     config = with_task(config, "masked_image", "none")
     with jax.enable_x64(True):  # thousands of steps up and down are added, which leaves little of float32
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), params_of("token", "colours"))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), painter)
         wanted = gradients(Painter(), config, batch, params)
         assert_same(gradients(Painter(), config, batch, params, data=2, fsdp=2), wanted, 1e-12)
         config.training.accumulation = 4
         assert_same(gradients(Painter(), config, batch, params), wanted, 1e-12)
 
 
-def test_pairs_on_a_mesh_give_the_numbers_of_one_device(config, batch):
-    params = params_of("colours", "words", "log_scale", "logit_bias")
+def test_pairs_on_a_mesh_give_the_numbers_of_one_device(config, batch, towers):
     config = with_task(config, "contrastive", "captions")
-    wanted = gradients(Towers(), config, batch, params)
+    wanted = gradients(Towers(), config, batch, towers)
     assert wanted[1].keys() == {"loss", "logit_scale", "logit_bias"}
-    assert_same(gradients(Towers(), config, batch, params, data=2, fsdp=4), wanted)
+    assert_same(gradients(Towers(), config, batch, towers, data=2, fsdp=4), wanted)
 
 
-def test_places_without_a_description_do_not_count(config, batch):
-    params = params_of("colours", "words", "log_scale", "logit_bias")
+def test_places_without_a_description_do_not_count(config, batch, towers):
     config = with_task(config, "region_caption", "descriptions")
     rng = np.random.default_rng(5)
     rows = batch | {
@@ -131,11 +121,25 @@ def test_places_without_a_description_do_not_count(config, batch):
         "boxes": rng.uniform(0, SIDE, (BATCH, 2, 4)).astype(np.float32),
         "box_mask": np.tile([True, False], (BATCH, 1)),
     }
-    wanted = gradients(Towers(), config, rows, params)
+    wanted = gradients(Towers(), config, rows, towers)
     other = rows | {"boxes": np.where(rows["box_mask"][..., None], rows["boxes"], 9).astype(np.float32)}
-    assert_same(gradients(Towers(), config, other, params), wanted)
+    assert_same(gradients(Towers(), config, other, towers), wanted)
     first = {name: x[:, :1] for name, x in rows.items() if name not in ("image", "image_size")}
-    assert_same(gradients(Towers(), config, batch | first, params, data=4), wanted)
+    assert_same(gradients(Towers(), config, batch | first, towers, data=4), wanted)
+
+
+@pytest.mark.parametrize(
+    ("task", "text"), [("contrastive", "captions"), ("masked_image", "none"), ("region_caption", "descriptions")]
+)
+def test_models_take_the_batches_of_their_tasks(config, task, text):
+    config = with_task(config, task, text)
+    config.data.canvas, config.pretraining.embed_dim = (SIDE, SIDE), 16
+    model, tokens = make_model(config), jnp.ones((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, SIDE, SIDE, 3)), tokens, tokens)["params"]
+    run = make_gradients(model, config, make_mesh({"data": 2}, jax.devices()[:2]))
+    assert run is not None
+    found, losses = jax.eval_shape(run, params, {}, train_batch(config, BATCH, None), jax.random.key(0))
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params) and losses["loss"].shape == ()
 
 
 def test_grounding_has_no_part_in_it(config):
