@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
 
     config.init = ConfigDict()  # where a new run starts from; what is not named starts from random numbers
     config.init.model = ""  # a run's working directory, or a folder that `medglip export` or `medglip import` wrote
+    config.init.patterns = ()  # paths (re.search) that are taken from it, ("^backbone/", "^language/"); () is all
     config.init.backbone = ""  # folder of a Hugging Face SwinModel
     config.init.language = ""  # folder of a Hugging Face BertModel; config.data.tokenizer must be the one it knows
 
@@ -49,6 +50,10 @@ def get_config() -> ConfigDict:
     config.data.max_boxes = 128  # boxes an image; more are an error in the loader's count, never a silent loss
     config.data.max_masks = 0  # masks of boxes, and of phrases, of an image in a batch (docs/masks.md); 0 reads none
     config.data.tokenizer = ""  # folder or hub name of a fast tokenizer; "" is the bundled medical WordPiece
+    # What the text of an image is: prompts (of grounding); captions (one sentence about the image); descriptions (one
+    # of each of max_descriptions regions); none. Pretraining needs the one of its task: docs/pretraining.md
+    config.data.text = "prompts"
+    config.data.max_descriptions = 8  # regions of an image that are described, with text = descriptions; ours
     config.data.max_tokens = 256  # tokens of a prompt
     config.data.max_negatives = 85  # absent phrases sampled into a training prompt
     config.data.full_negatives_probability = 0.5  # how often all max_negatives are taken; otherwise a random number
@@ -149,6 +154,24 @@ def get_config() -> ConfigDict:
     config.detection.nms_iou = 0.6  # overlap at which the weaker box of the same phrase goes
     config.detection.max_detections = 100  # boxes of an image and prompt
 
+    config.pretraining = ConfigDict()  # what is learned in place of grounding; see docs/pretraining.md
+    config.pretraining.task = ""  # contrastive, masked_image, region_caption; "" is grounding
+    config.pretraining.embed_dim = 768  # joint width of images, or regions, and texts (SigLIP B)
+    config.pretraining.text_pooling = "mean"  # of the text encoder's tokens: mean, or first
+    config.pretraining.scale = 10.0  # cosine to logit, learned from here in its logarithm (SigLIP, arXiv 2303.15343)
+    config.pretraining.bias = -10.0  # added to it, learned from here (SigLIP)
+    config.pretraining.equal_texts = "negatives"  # pairs of an image with another's equal text: negatives (as SigLIP),
+    # positives, or ignored
+    config.pretraining.mask_patch = 32  # pixels, side of what is masked together (SimMIM, arXiv 2111.09886)
+    config.pretraining.mask_ratio = 0.6  # share of an image's patches that is masked (SimMIM)
+    config.pretraining.samples = (
+        7  # samples of a region along each axis (RoIAlign, arXiv 1703.06870); their mean counts
+    )
+    config.pretraining.template = "{prefix}{phrase}"  # text of a phrase in zero-shot classification
+    config.pretraining.probe_images = 10_000  # images of data.train, at most, that a linear probe learns from; ours
+    config.pretraining.probe_decay = 1e-3  # L2 penalty of its weights over the mean loss of a label; ours
+    config.pretraining.probe_steps = 200  # steps of L-BFGS; ours
+
     config.optimizer = ConfigDict()
     config.optimizer.kind = "adamw"  # adamw, adafactor, or sm3: what each keeps is in docs/pods.md
     config.optimizer.moment_dtype = "float32"  # of Adam's moments and Adafactor's first: float32 or bfloat16; ours
@@ -219,7 +242,7 @@ def get_config() -> ConfigDict:
     config.training.keep_checkpoints = 3  # newest ones kept
     config.training.keep_every = 0  # steps; those of a multiple of it are kept for ever; 0 keeps none for that
     config.training.keep_best = 0  # evaluated ones with the highest best_metric, kept too; each evaluated step is saved
-    config.training.best_metric = "AP"  # AP, AP50 or AP75 of the evaluation
+    config.training.best_metric = "AP"  # AP, AP50 or AP75 of the evaluation; of pretraining see docs/pretraining.md
     config.training.max_nonfinite = 0  # steps whose loss or gradient is not finite that are skipped; the next one ends
     config.training.watchdog_seconds = 1800.0  # a step, a batch of an evaluation, ... takes longer: the process ends
     config.training.eval_every = 0  # steps between evaluations on data.eval; 0 evaluates at the end only

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.batches import Batch, TrainBatches, make_batches
+from data_pipelines.captions import TextRule
 from data_pipelines.examples import ExampleSource, decode_example
 from data_pipelines.few_shot import choose_few
 from data_pipelines.hierarchy import HierarchyRule, find_containers, find_ignored, find_pairs
@@ -54,7 +55,8 @@ class TrainTransform:
     Attributes: `source` of the examples; `series` of their places in it; `quarantine` for those that cannot be used;
     `prompts` draws the prompts of L = `prompts.max_tokens` tokens; `hierarchy` says what comes beside them;
     `vocabularies` by data set, "" for all others; the others as the fields of `config.data` with these names;
-    `max_boxes` is M; `masks` says which masks a row has, None for none at all.
+    `max_boxes` is M; `masks` says which masks a row has, None for none at all; `texts` writes other texts instead of
+    prompts, or is None.
     """
 
     source: ExampleSource
@@ -69,6 +71,7 @@ class TrainTransform:
     tokenizer: TextTokenizer
     vocabularies: Mapping[str, Vocabulary]
     masks: MaskRule | None = None
+    texts: TextRule | None = None
 
     def __post_init__(self) -> None:
         low, high = self.scale_range
@@ -112,6 +115,14 @@ class TrainTransform:
             )
         if flip:
             example = flip_annotations(example)
+        if self.texts is not None:
+            return {
+                "image": pixels,
+                "image_size": np.asarray(size, np.int32),
+                **self.texts(example, rng, self.tokenizer, scales),
+                "modality": np.int32(MODALITIES.index(example.modality)),
+                "image_id": example.image_id,
+            }
         prompt, regions = sample_prompt(
             example,
             rng,
@@ -168,12 +179,17 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Makes an example of the evaluation batch of place `index`; places after the last example are padding."""
+    """Makes an example of the evaluation batch of place `index`; places after the last example are padding.
+
+    Attributes: `source` of the examples; `canvas` as in `config.data`; one of `every` examples has a place.
+    """
 
     source: ExampleSource
     canvas: tuple[int, int]
+    every: int = 1
 
     def __call__(self, index: int) -> dict[str, Any]:
+        index *= self.every
         valid = index < len(self.source)
         if valid:
             example = self.source[index]
@@ -273,6 +289,8 @@ def train_loader(
             phrase_masks    uint8[B, K, h, ceil(w / 8)], of phrases, empty for absent ones
             phrase_tokens   bool[B, K, L], their tokens, none behind the last one
 
+        Where `data.text` is not "prompts", `TextRule` says what they have in place of input_ids to positive_map.
+
         `get_state()` tells where it stands and `set_state(state)` goes on there, with the next batch exactly as it
         would have been; with another number of processes and the same global batch, with the same examples in the
         batches of all processes together. Call `close()` at the end.
@@ -308,6 +326,7 @@ def train_loader(
         tokenizer=load_tokenizer(data.tokenizer),
         vocabularies=make_vocabularies([split.metadata for split in records]),
         masks=MaskRule(data.max_masks, tuple(data.canvas)) if data.max_masks else None,
+        texts=TextRule.from_config(data),
     )
     return TrainBatches(
         grain.MapDataset.range(sys.maxsize).seed(seed).random_map(transform),
@@ -323,7 +342,7 @@ class EvalLoader:
     """The evaluation batches of one process; iterating starts from the first one each time.
 
     Attributes:
-        num_examples: examples of the whole split, over all processes.
+        num_examples: examples that it takes of the whole split, over all processes.
     """
 
     def __init__(self, batches: grain.IterDataset[Batch], num_batches: int, num_examples: int):
@@ -340,7 +359,9 @@ class EvalLoader:
             iterator.close()
 
 
-def eval_loader(data: ConfigDict, *, path: str, batch_size: int, process_index: int, process_count: int) -> EvalLoader:
+def eval_loader(
+    data: ConfigDict, *, path: str, batch_size: int, process_index: int, process_count: int, every: int = 1
+) -> EvalLoader:
     """Opens one pass over records in their order; every process gets the same number of batches.
 
     Args:
@@ -348,6 +369,7 @@ def eval_loader(data: ConfigDict, *, path: str, batch_size: int, process_index: 
         path: the records, DIR or DIR:SPLIT.
         batch_size: images B in a batch of this process.
         process_index, process_count: which process this is, of how many that load.
+        every: 1 takes all records, n one of n.
 
     Returns:
         An iterable, with a length, of dicts:
@@ -367,7 +389,8 @@ def eval_loader(data: ConfigDict, *, path: str, batch_size: int, process_index: 
     """
     _check_processes(process_index, process_count)
     source = ExampleSource(find_shards(path))
-    num_batches = -(-len(source) // (process_count * batch_size))
+    num_examples = -(-len(source) // every)
+    num_batches = -(-num_examples // (process_count * batch_size))
     places = grain.MapDataset.range(num_batches * process_count * batch_size)
-    rows = places[process_index::process_count].map(EvalTransform(source, tuple(data.canvas)))
-    return EvalLoader(make_batches(rows, data, batch_size), num_batches, len(source))
+    rows = places[process_index::process_count].map(EvalTransform(source, tuple(data.canvas), every))
+    return EvalLoader(make_batches(rows, data, batch_size), num_batches, num_examples)

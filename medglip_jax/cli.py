@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("medglip_jax.train", "train a recipe of configs/, or go on with a run"),
     "plan": ("medglip_jax.plan", "whether a recipe fits a TPU pod, and how fast it can be there at most"),
     "evaluate": ("medglip_jax.evaluate", "average precision of a checkpoint on records"),
+    "probe": ("medglip_jax.probe", "what a backbone's features show of records, by a linear probe"),
     "predict": ("medglip_jax.predict", "find phrases in images and draw the boxes"),
     "export": ("medglip_jax.export", "write a checkpoint for PyTorch"),
     "import": ("medglip_jax.import_weights", "read a GLIP checkpoint of mmdetection or Microsoft"),

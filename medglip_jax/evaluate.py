@@ -1,5 +1,7 @@
 """Evaluation of a checkpoint on records: COCO average precision for each phrase and modality.
 
+Of a checkpoint of another task than grounding (`config.pretraining.task`), it is the evaluation of that task.
+
 python -m medglip_jax.evaluate --checkpoint DIR --data RECORDS --output FILE.json [--config configs/X.py]
 """
 
@@ -17,6 +19,7 @@ from medglip_jax.evaluation.run import evaluate_records
 from medglip_jax.parallel.distributed import initialize_distributed
 from medglip_jax.parallel.mesh import make_mesh
 from medglip_jax.pretrained import load_model
+from medglip_jax.tasks import find_task
 from medglip_jax.training.checkpoint import locate
 
 
@@ -49,20 +52,26 @@ def main(argv: list[str] | None = None) -> int:
     find_shards(records)  # a wrong path shows before the checkpoint is read
     mesh = make_mesh(config.mesh)
     model, params, config, tokenizer = load_model(
-        options.checkpoint, use_ema=False if options.no_ema else None, config=config, mesh=mesh
+        options.checkpoint, use_ema=False if options.no_ema else None, config=config, mesh=mesh, pretraining=True
     )
-    results = evaluate_records(
-        model,
-        params,
-        config,
-        records,
-        mesh,
-        tokenizer=tokenizer,
-        sheet=options.sheet,
-        sheet_images=options.sheet_images,
-    )
+    task = find_task(config)
+    if task is not None:
+        if options.sheet:
+            raise ValueError(f"--sheet: config.pretraining.task {config.pretraining.task} has no boxes to draw")
+        results = task.make_evaluate(model, config, mesh, tokenizer)(params, records)
+    else:
+        results = evaluate_records(
+            model,
+            params,
+            config,
+            records,
+            mesh,
+            tokenizer=tokenizer,
+            sheet=options.sheet,
+            sheet_images=options.sheet_images,
+        )
     if jax.process_index() == 0:
-        print_results(results)
+        (print_results if task is None else task.print_results)(results)
         if options.output:
             write_json(results, options.output)
             print(f"written to {options.output}")

@@ -46,7 +46,7 @@ from medglip_jax.model.masks import without_masks
 from medglip_jax.model.modality import merge_modality
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.predict import MedGLIP
-from medglip_jax.pretrained import load_arrays, tokenizer_of
+from medglip_jax.pretrained import load_arrays, require_detector, tokenizer_of
 from medglip_jax.train import EVALUATION_FILE
 
 __all__ = ["export", "read_export"]
@@ -224,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
 
     use_ema = False if options.no_ema else None
     params, config = load_plain(options.checkpoint, use_ema, options.modality)
+    require_detector(config, options.checkpoint)
     if PROMPT in params:
         raise ValueError(
             f"{options.checkpoint} is a run of prompt tuning: its weights are those it started from "

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         default=0.0,
         help="of the compiler, -1 (fastest) to 0 (as in a run); default: %(default)s",
     )
-    add("--no-eval", action="store_true", help="leave out the detection of evaluation")
+    add("--no-eval", action="store_true", help="leave out the detection of evaluation (as in pretraining)")
     add("--suggest", action="store_true", help="also look for the batch and config.model.remat that fit")
     add("--json", metavar="FILE", type=pathlib.Path, help="file for the results, which is also where a plan goes on")
     options, overrides = parser.parse_known_args(argv)
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     save()
     print(describe("train step", train, bound, topology))
 
-    if not options.no_eval:
+    if not options.no_eval and not config.pretraining.task:
         detection = planner.measure(lower_eval, config.model.remat, images)
         bound = planner.bound(detection, images, model_flops)
         results["eval"] = detection.to_json() | {"bound": _bound_json(bound)}

@@ -1,13 +1,15 @@
 """Trained parameters from wherever they lie: a run, an exported folder, or encoders that others pretrained."""
 
+import collections
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from flax.linen import Module
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,14 +18,15 @@ from medglip_jax.errors import list_mismatches
 from medglip_jax.inference import check_parameters, flat_shapes, parameter_shapes
 from medglip_jax.interop import huggingface
 from medglip_jax.interop.folder import is_folder, read_folder
-from medglip_jax.model.detector import GLIP
 from medglip_jax.model.masks import is_of_masks, without_masks
 from medglip_jax.model.modality import MODALITY, copies, modality_names
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.model.text_offsets import PROMPT
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import match_rules, shardings
 from medglip_jax.paths import local_copy
 from medglip_jax.training.checkpoint import TOKENIZER, load_params, locate
+from medglip_jax.training.finetuning import match_paths, select_paths
 from medglip_jax.training.state import TrainState
 
 
@@ -38,7 +41,8 @@ def load_model(
     use_ema: bool | None = None,
     config: ConfigDict | None = None,
     mesh: Mesh | None = None,
-) -> tuple[GLIP, Any, ConfigDict, TextTokenizer]:
+    pretraining: bool = False,
+) -> tuple[Module, Any, ConfigDict, TextTokenizer]:
     """Loads a detector: the module, its parameters, the recipe and the tokenizer.
 
     Args:
@@ -47,23 +51,39 @@ def load_model(
         use_ema: load a run's averaged parameters; None does what its recipe says.
         config: a recipe to use instead of its own.
         mesh: where to put the parameters; None puts them on the default device.
+        pretraining: a run of another task than grounding (`config.pretraining.task`) will do.
 
     Raises:
-        OSError, ValueError: there is no readable checkpoint, its parameters do not fit the recipe, or its tokenizer
-            has more tokens than the model knows.
+        OSError, ValueError: there is no readable checkpoint, its parameters do not fit the recipe, its tokenizer has
+            more tokens than the model knows, or it was pretrained only and is to detect.
     """
     if mesh is None or is_folder(path):
         params, own = load_arrays(path, use_ema)
     else:
         params, own = load_params(path, use_ema, mesh)
     config = own if config is None else config
-    model = GLIP(config.model)
+    if not pretraining:
+        require_detector(own, path)
+    model = make_model(config)
     check_parameters(params, model, config, os.fspath(path))
     if mesh is None:
         params = jax.device_put(params)
     elif is_folder(path):
         params = jax.tree.map(place, params, shardings(match_rules(resolve_rules(config), params, mesh), mesh))
     return model, params, config, tokenizer_of(path, config)
+
+
+def require_detector(config: ConfigDict, path: str | os.PathLike) -> None:
+    """Checks that a run has learned to detect.
+
+    Raises:
+        ValueError: its task is another than grounding.
+    """
+    if task := config.pretraining.task:
+        raise ValueError(
+            f"{os.fspath(path)} is a run of config.pretraining.task {task}, which finds no boxes: start grounding from "
+            "it with config.init.model and config.init.patterns (docs/pretraining.md)"
+        )
 
 
 def tokenizer_of(path: str | os.PathLike, config: ConfigDict) -> TextTokenizer:
@@ -118,17 +138,7 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
                 f"config.init.model, {config.init.model}, is a run of prompt tuning, which learned offsets and no "
                 f"weights: start from what it started from ({own.init.model or 'its own initialisation'})"
             )
-        wanted = flat_shapes(parameter_shapes(GLIP(config.model), config))
-        if MODALITY not in params:  # what modalities have of their own starts from a plain model's parts
-            wanted = {path: shape for path, shape in wanted.items() if not path.startswith(f"{MODALITY}/")}
-        if not own.model.masks.kind:  # a plain model: the mask branch of the recipe starts from random numbers
-            wanted = {path: shape for path, shape in wanted.items() if not is_of_masks(path)}
-        elif not config.model.masks.kind:
-            params, _ = without_masks(params, own)
-        if mismatches := list_mismatches(flat_shapes(params), wanted, "the recipe"):
-            raise ValueError(f"config.init.model, {config.init.model}, is a model of other sizes:\n{mismatches}")
-        tell(f"{config.init.model}: {len(wanted)} parameters")
-        found = params
+        found = _choose(params, own, config, tell)
     for name, load in (("backbone", huggingface.load_swin), ("language", huggingface.load_bert)):
         if folder := config.init[name]:
             part, report = load(folder, config)
@@ -138,6 +148,55 @@ def pretrained_parameters(config: ConfigDict, tell: Callable[[str], None] = prin
         tell(f"{len(own)} parameters of {', '.join(modality_names(config.model.modality))} start as copies")
         found |= traverse_util.unflatten_dict(own, sep="/")
     return found
+
+
+def _choose(params: dict[str, Any], own: ConfigDict, config: ConfigDict, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Returns what a new run takes of a model: everything, or what `config.init.patterns` say."""
+    source, patterns = config.init.model, tuple(config.init.patterns)
+    if own.model.masks.kind and not config.model.masks.kind:
+        params, _ = without_masks(params, own)
+    given, wanted = flat_shapes(params), flat_shapes(parameter_shapes(make_model(config), config))
+    if not patterns:
+        if own.pretraining.task != config.pretraining.task:
+            raise ValueError(
+                f"config.init.model, {source}, is a run of the task {own.pretraining.task or 'grounding'!r}, and this "
+                f"one is of {config.pretraining.task or 'grounding'!r}: say with config.init.patterns what to take, "
+                "such as ('^backbone/', '^language/')"
+            )
+        if MODALITY not in params:  # what modalities have of their own starts from a plain model's parts
+            wanted = {path: shape for path, shape in wanted.items() if not path.startswith(f"{MODALITY}/")}
+        if not own.model.masks.kind:  # a plain model: the mask branch of the recipe starts from random numbers
+            wanted = {path: shape for path, shape in wanted.items() if not is_of_masks(path)}
+        taken, chosen = given, set(wanted)
+    else:
+        common = {_part(path) for path in given} & {_part(path) for path in wanted}
+        taken, expected = (
+            {
+                path: tree[path]
+                for pattern in patterns
+                for path in match_paths(pattern, filter(lambda path: _part(path) in common, tree), "init.patterns")
+            }
+            for tree in (given, wanted)
+        )
+        chosen = set(expected)
+    if mismatches := list_mismatches(taken, {path: wanted[path] for path in chosen}, "the recipe"):
+        raise ValueError(f"config.init.model, {source}, is a model of other sizes:\n{mismatches}")
+    tell(f"{source}: {len(chosen)} parameters")
+    if patterns:
+        tell(f"  taken: {_count_by_part(chosen)}")
+        tell(f"  left there: {_count_by_part(set(given) - chosen)}")
+        tell(f"  from random numbers: {_count_by_part(set(wanted) - chosen)}")
+    return select_paths(params, chosen)
+
+
+def _part(path: str) -> str:
+    return path.split("/")[0]
+
+
+def _count_by_part(paths: Iterable[str]) -> str:
+    """Returns "backbone 173, neck 10": how many of some paths begin with each name."""
+    counts = collections.Counter(map(_part, paths))
+    return ", ".join(f"{name} {counts[name]}" for name in sorted(counts)) or "nothing"
 
 
 def start_from(state: TrainState, params: dict[str, Any]) -> TrainState:

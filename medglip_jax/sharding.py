@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from medglip_jax.configuration import load_config
 from medglip_jax.errors import reports_errors
 from medglip_jax.evaluation.report import write_json
-from medglip_jax.model.detector import GLIP
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.parallel.mesh import abstract_mesh
 from medglip_jax.parallel.presets import resolve_rules
 from medglip_jax.parallel.rules import find_placements, path_name
@@ -71,7 +71,7 @@ def describe_sharding(config: ConfigDict, mesh: AbstractMesh) -> dict[str, Any]:
         ValueError: see `find_placements` and `resolve_rules`.
     """
     rules = resolve_rules(config)
-    shapes = state_shapes(GLIP(config.model), config, make_optimizer(config), jax.random.key(0))
+    shapes = state_shapes(make_model(config), config, make_optimizer(config), jax.random.key(0))
     found = find_placements(rules, shapes.params, mesh)
     placed = jax.tree_util.tree_map_with_path(lambda path, _: found[path_name(path)].spec, shapes.params)
     specs = state_specs(shapes, placed)

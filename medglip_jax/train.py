@@ -14,7 +14,7 @@ The same command goes on where an interrupted run stopped, with the batch that w
     tensorboard/            the same for TensorBoard, and the newest predictions
     goodput.json            where the time went: steps, loader, compilation, checkpoints, evaluation, restarts
     profile/                with --profile: a trace of some steps, for TensorBoard or Perfetto
-    evaluation.json         average precision at the end, on config.data.eval
+    evaluation.json         average precision at the end, on config.data.eval; of pretraining see docs/pretraining.md
     predictions.png         predicted and true boxes of some of its images
 
 DIR may be in a bucket (gs://, s3://) whose file system is installed; records that could not be used are then in the log
@@ -45,7 +45,7 @@ from medglip_jax.errors import Preempted, reports_errors
 from medglip_jax.evaluation.report import print_results, write_json
 from medglip_jax.evaluation.run import evaluate_records, local_batch_size
 from medglip_jax.inference import make_detector
-from medglip_jax.model.detector import GLIP
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.parallel.distributed import initialize_distributed, wait_for_processes
 from medglip_jax.parallel.mesh import (
     batch_parts,
@@ -57,6 +57,7 @@ from medglip_jax.parallel.mesh import (
 )
 from medglip_jax.paths import full_path, is_remote, local_output
 from medglip_jax.pretrained import pretrained_parameters, start_from
+from medglip_jax.tasks import find_task
 from medglip_jax.training.checkpoint import TOKENIZER, Checkpoints
 from medglip_jax.training.finetuning import split_trained
 from medglip_jax.training.goodput import Goodput
@@ -109,11 +110,17 @@ def _check(config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> None:
             f"config.model.masks.kind is {config.model.masks.kind!r} and config.data.max_masks {data.max_masks}: masks "
             "are learnt where both are set, as in configs/demo_masks.py, and neither without the other"
         )
-    if (metric := config.training.best_metric) not in _SCORES:
-        raise ValueError(f"config.training.best_metric is {metric!r}: expected {', '.join(_SCORES)}")
+    scores = _scores_of(config)
+    if (metric := config.training.best_metric) not in scores:
+        raise ValueError(f"config.training.best_metric is {metric!r}: expected {', '.join(scores)}")
     if data.eval:
         find_shards(data.eval)  # a wrong path or batch size shows before hours of training
         local_batch_size(config, mesh)
+
+
+def _scores_of(config: ConfigDict) -> tuple[str, ...]:
+    task = find_task(config)
+    return _SCORES if task is None else task.scores
 
 
 class _StopInEvaluation(Exception):
@@ -131,7 +138,7 @@ def train(
         trace_steps: the first and the last step, from this start, that a trace is recorded of; None records none.
 
     Returns:
-        The evaluation at the end (see `evaluate_records`), or None without `config.data.eval`.
+        The evaluation at the end (see `evaluate_records`, or `Task.make_evaluate`), or None without `config.data.eval`.
 
     Raises:
         NonFiniteLoss: the loss was infinite or no number more than `config.training.max_nonfinite` times; it names the
@@ -157,8 +164,12 @@ def _train(
     _check(config, tokenizer, mesh)
     if jax.process_index() == 0:
         report_modalities(config)
-    model, optimizer = GLIP(config.model), make_optimizer(config)
-    detector = make_detector(model, config, mesh)
+    model, optimizer = make_model(config), make_optimizer(config)
+    task = find_task(config)  # None: grounding
+    if task is None:
+        detector = make_detector(model, config, mesh)
+    else:
+        evaluate_task = task.make_evaluate(model, config, mesh, tokenizer)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         params = evaluated_parameters(state, config)
@@ -168,6 +179,9 @@ def _train(
             if stop.reached():
                 raise _StopInEvaluation
 
+        if task is not None:
+            with goodput.phase("evaluation"):
+                return evaluate_task(params, config.data.eval, between_batches=between_batches)
         with goodput.phase("evaluation"), local_output(workdir / SHEET_FILE) as sheet:
             return evaluate_records(
                 model,
@@ -292,7 +306,7 @@ def _train(
                 except _StopInEvaluation:
                     end_early(step)
                 checkpoints.score(step, results[training.best_metric])
-                _log_evaluation(log, step, results, workdir / SHEET_FILE)
+                _log_evaluation(log, step, results, _scores_of(config), workdir / SHEET_FILE)
                 progress.pause()
         if (corrupt := loader.quarantine.count()) and jax.process_index() == 0:
             print(f"{corrupt} records could not be used and were skipped: {loader.quarantine.path} lists them")
@@ -307,7 +321,7 @@ def _train(
                 end_early(total)
             checkpoints.score(total, results[training.best_metric])
             if start < total:  # a finished run is evaluated again, and logged once
-                _log_evaluation(log, total, results, workdir / SHEET_FILE)
+                _log_evaluation(log, total, results, _scores_of(config), workdir / SHEET_FILE)
             if jax.process_index() == 0:
                 write_json(results, workdir / EVALUATION_FILE)
         goodput.write(total)
@@ -320,9 +334,12 @@ def _costs(seconds: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}_seconds": seconds[name] for name in names if seconds[name]}
 
 
-def _log_evaluation(log: MetricsLog, step: int, results: Mapping[str, Any], sheet: epath.Path) -> None:
-    log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in _SCORES})
-    log.write_image(step, "predictions", sheet)
+def _log_evaluation(
+    log: MetricsLog, step: int, results: Mapping[str, Any], scores: tuple[str, ...], sheet: epath.Path
+) -> None:
+    log.write(step, {f"eval_{name}": _or_nan(results[name]) for name in scores})
+    if scores == _SCORES:
+        log.write_image(step, "predictions", sheet)
 
 
 def _or_nan(value: float | None) -> float:
@@ -358,10 +375,12 @@ def main(argv: list[str] | None = None) -> int:
         dump_hlo(options.dump_hlo)
     initialize_distributed()
     started = time.monotonic()
-    results = train(load_config(options.config, overrides), options.workdir, trace_steps=trace_steps)
+    config = load_config(options.config, overrides)
+    results = train(config, options.workdir, trace_steps=trace_steps)
     if jax.process_index() == 0:
         if results is not None:
-            print_results(results)
+            task = find_task(config)
+            (print_results if task is None else task.print_results)(results)
         print(f"done in {(time.monotonic() - started) / 60:.1f} minutes: {options.workdir}")
     return 0
 

@@ -34,7 +34,7 @@ MOVED = {  # parts of the model that are not those of the base any more
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
     for module in (train_module, pretrained, sharding):
-        monkeypatch.setattr(module, "GLIP", lambda config: Slim())
+        monkeypatch.setattr(module, "make_model", lambda config: Slim())
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def base(recipe, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         for module in (train_module, pretrained):
-            patch.setattr(module, "GLIP", lambda config: Slim())
+            patch.setattr(module, "make_model", lambda config: Slim())
         config = recipe.copy_and_resolve_references()
         config.data.eval = ""
         train(config, workdir)

@@ -118,7 +118,7 @@ def members(group):
 def short(recipe, monkeypatch):
     """A run of a stand-in model: what follows is about the steps, not about what they compute."""
     for module in (train_module, pretrained):
-        monkeypatch.setattr(module, "GLIP", lambda config: Slim())
+        monkeypatch.setattr(module, "make_model", lambda config: Slim())
     config = recipe.copy_and_resolve_references()
     config.schedule.steps = 6
     return config

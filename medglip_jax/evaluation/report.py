@@ -94,3 +94,23 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         f"  on {results['images']} images, {results['images_per_second']:.1f} images/s",
         highlight=False,
     )
+
+
+def print_scores(results: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the results of an evaluation without boxes: by phrase and by modality where there are such, then all."""
+    console = console or Console()
+    for title, key in (("Phrases", "per_class"), ("Modalities", "per_modality")):
+        if entries := results.get(key):
+            table = Table(title=title, title_justify="left", title_style="bold")
+            columns = list(next(iter(entries.values())))
+            for column in ("", *columns):
+                table.add_column(column, justify="right" if column else "left")
+            for name, entry in entries.items():
+                table.add_row(name, *(_cell(entry[column]) for column in columns))
+            console.print(table)
+    told = {name: value for name, value in results.items() if not isinstance(value, dict)}
+    console.print("  ".join(f"{name} {_cell(value)}" for name, value in told.items()), highlight=False)
+
+
+def _cell(value: float | int | None) -> str:
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"

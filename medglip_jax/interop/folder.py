@@ -134,7 +134,7 @@ def public_recipe(config: ConfigDict) -> dict[str, Any]:
     """Returns the recipe without what belongs to the machine it was trained on: the paths of its data."""
     fields = config.to_dict()
     fields["data"] |= {"train": "", "eval": "", "tokenizer": ""}
-    fields["init"] |= dict.fromkeys(fields["init"], "")
+    fields["init"] |= {name: type(value)() for name, value in fields["init"].items()}
     return fields
 
 

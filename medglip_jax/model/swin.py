@@ -179,12 +179,17 @@ class Swin(nn.Module):
     first: int = 1
 
     @nn.compact
-    def __call__(self, pixels: Array, train: bool) -> tuple[Array, ...]:
+    def __call__(
+        self, pixels: Array, train: bool, masked: Array | None = None, mask_token: Array | None = None
+    ) -> tuple[Array, ...]:
+        """Args: masked bool[B, H / 4, W / 4] says in place of which patches `mask_token` [C] stands (SimMIM)."""
         config = self.config
         drop_path = np.linspace(0, config.drop_path, sum(config.depths)).tolist()
         x = move_by(self, "patch_embed", SLOTS, pixels)
         x = PatchEmbed(config.embed_dim, self.dtype, name="patch_embed")(x)
         x = move_by(self, "patch_embed", PLACES, x)
+        if masked is not None and mask_token is not None:
+            x = jnp.where(masked[..., None], mask_token.astype(x.dtype), x)
         features = []
         for stage, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
             x = move_by(self, f"stage_{stage}", SLOTS, x)

@@ -29,6 +29,7 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"_embeddings/embedding$", (None, split)),
         # Between stages and between streams, [in, out].
         (r"(^|/)(reduction|text_projection)/kernel$", (split,)),
+        (r"^((image|region)_projection|pixel_decoder)/kernel$", (split,)),  # of pretraining
         # Dynamic ReLU, [channels, channels / 4] and back to four times the channels.
         (r"dyconv/relu/fc0/kernel$", (split,)),
         (r"dyconv/relu/fc1/kernel$", (None, split)),
@@ -41,6 +42,7 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"(^|/)relative_position_bias_table$", ()),
         (r"(^|/)(bias|scale|gamma_[vl])$", ()),
         (r"^head/(bias_lang|bias0|log_scale|scale_\d+)$", ()),
+        (r"^(log_scale|logit_bias|mask_token)$", ()),  # of pretraining
     )
 
 

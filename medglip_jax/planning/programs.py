@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from data_pipelines.hierarchy import HierarchyRule
 from data_pipelines.mask_targets import packed_size
 from medglip_jax.inference import make_detector, parameter_shapes, power_of_two
-from medglip_jax.model.detector import GLIP
 from medglip_jax.model.lora import without_adapters
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.model.text_offsets import apply_model
 from medglip_jax.parallel.mesh import batch_parts, batch_sharding, describe_parts
 from medglip_jax.planning.costs import CostModel
@@ -62,10 +62,25 @@ def train_batch(config: ConfigDict, images: int, sharding: Any) -> dict[str, jax
             "phrase_masks": ((masks, *packed), jnp.uint8),
             "phrase_tokens": ((masks, tokens), jnp.bool_),
         }
+    if config.data.text != "prompts":
+        shapes = {name: shapes[name] for name in ("image", "image_size")} | _text_shapes(config.data)
     return {
         name: jax.ShapeDtypeStruct((images, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in shapes.items()
     }
+
+
+def _text_shapes(data: ConfigDict) -> dict[str, Any]:
+    """Returns what `TextRule` writes for an image, as shapes and types."""
+    tokens, most = (data.max_tokens,), (data.max_descriptions,)
+    if data.text == "descriptions":
+        return {
+            "input_ids": ((*most, *tokens), jnp.int32),
+            "attention_mask": ((*most, *tokens), jnp.int32),
+            "boxes": ((*most, 4), jnp.float32),
+            "box_mask": (most, jnp.bool_),
+        }
+    return dict.fromkeys(("input_ids", "attention_mask"), (tokens, jnp.int32)) if data.text == "captions" else {}
 
 
 def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
@@ -76,7 +91,7 @@ def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
         mesh: from `make_mesh`, of devices of a topology.
         images: of a global batch.
     """
-    model, optimizer = GLIP(config.model), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     state = abstract_state(model, config, optimizer, jax.eval_shape(lambda: jax.random.key(0)), mesh)
     placed = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(
@@ -90,7 +105,7 @@ def lower_train(config: ConfigDict, mesh: Mesh, images: int) -> Any:
 
 def lower_eval(config: ConfigDict, mesh: Mesh, images: int) -> Any:
     """Lowers the detection of `medglip evaluate`: one full prompt, of as many phrases as training samples negatives."""
-    model = GLIP(config.model)
+    model = make_model(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = without_adapters(abstract_state(model, config, make_optimizer(config), key, mesh).params)
     phrases, tokens = power_of_two(config.data.max_negatives), config.data.max_tokens
@@ -114,10 +129,11 @@ def forward_flops(config: ConfigDict) -> tuple[float, int]:
 
     The FLOPs are counted in the program before any compiler changed it; nothing is recomputed, padded or partitioned.
     """
-    model = GLIP(config.model)
+    model = make_model(config)
     height, width = config.data.canvas
     pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, config.data.max_tokens), jnp.int32)
+    texts = (config.data.max_descriptions,) if config.data.text == "descriptions" else ()
+    tokens = jax.ShapeDtypeStruct((1, *texts, config.data.max_tokens), jnp.int32)
     params = parameter_shapes(model, config)
     index = jax.ShapeDtypeStruct((1,), jnp.int32) if config.model.modality.names else None
 

@@ -80,7 +80,9 @@ def add_parameters(params: Params, config: Config, rng: jax.Array) -> Params:
     if not finetune.lora_rank:
         return params
     paths = traverse_util.flatten_dict(params, sep="/")
-    found = {path for pattern in finetune.lora_patterns for path in match_paths(pattern, paths, "lora_patterns")}
+    found = {
+        path for pattern in finetune.lora_patterns for path in match_paths(pattern, paths, "finetune.lora_patterns")
+    }
     return {**params, LORA: make_adapters(params, sorted(found), finetune.lora_rank, rng)}
 
 
@@ -99,7 +101,7 @@ def trained_paths(paths: Iterable[str], finetune: Config) -> frozenset[str]:
     mode = finetune.mode or "full"
     trained = {path for path in paths if re.search(MODES[mode], path)}
     for pattern in finetune.frozen:
-        trained -= set(match_paths(pattern, paths, "frozen"))
+        trained -= set(match_paths(pattern, paths, "finetune.frozen"))
     if not trained:
         raise ValueError(
             f"config.finetune.mode {mode} with config.finetune.frozen {tuple(finetune.frozen)} leaves nothing to train"
@@ -108,7 +110,7 @@ def trained_paths(paths: Iterable[str], finetune: Config) -> frozenset[str]:
 
 
 def match_paths(pattern: str, paths: Iterable[str], field: str) -> list[str]:
-    """Returns the paths in which `re.search` finds a pattern of `config.finetune`.
+    """Returns the paths in which `re.search` finds a pattern of a field of the recipe, "finetune.frozen".
 
     Raises:
         ValueError: it is no regular expression, or is found in none; names the paths nearest to it.
@@ -117,13 +119,13 @@ def match_paths(pattern: str, paths: Iterable[str], field: str) -> list[str]:
     try:
         found = [path for path in paths if re.search(pattern, path)]
     except re.error as error:
-        raise ValueError(f"config.finetune.{field}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"config.{field}: {pattern!r} is no regular expression: {error}") from error
     if not found:
         plain = re.sub(r"[\^$\\]", "", pattern)
         starts = {path[: len(plain)]: path for path in paths}  # a pattern is most often the beginning of a path
         nearest = difflib.get_close_matches(plain, starts, n=3, cutoff=0.0)
         raise ValueError(
-            f"config.finetune.{field}: {pattern!r} is found in the path of no parameter; the nearest are "
+            f"config.{field}: {pattern!r} is found in the path of no parameter; the nearest are "
             f"{', '.join(starts[start] for start in nearest)}"
         )
     return found

@@ -23,6 +23,7 @@ from medglip_jax.training.accumulation import accumulate_gradients, split_batch
 from medglip_jax.training.finetuning import join, split_trained
 from medglip_jax.training.modality import modality_index, modality_losses
 from medglip_jax.training.optimizer import make_schedule
+from medglip_jax.training.pretraining import make_gradients
 from medglip_jax.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -64,7 +65,7 @@ def make_train_step(
     """Returns the function of one step, for the caller to jit with the shardings of `create_state`.
 
     Args:
-        model: the detector.
+        model: from `make_model`.
         config: a recipe; reads `detection`, `model.masks.kind`, `finetune`, `optimizer`, `schedule`,
             `training.accumulation`, `sharding`, `sharding_rules`, `activation_rules`, and `model.modality` with what
             `classify` reads.
@@ -83,10 +84,13 @@ def make_train_step(
         With `training.accumulation` the batch is taken in that many micro-batches. Loss and gradient are those of the
         whole batch up to rounding (DropBlock's share of kept pixels alone is counted in each micro-batch): what the
         losses are divided by depends on the boxes, not on the parameters, and is counted over the whole batch before.
+
+        With `pretraining.task` batch and losses are those of `make_gradients`.
     """
     schedule, ema, rules = make_schedule(config), config.optimizer.ema, resolve_rules(config)
     accumulation, modality = config.training.accumulation, config.model.modality
     dtype = jnp.promote_types(config.model.dtype, jnp.float32)  # that of the outputs
+    pretraining = make_gradients(model, config, mesh)
 
     def loss_of(
         trained: Any,
@@ -122,7 +126,9 @@ def make_train_step(
         dropout = jax.random.fold_in(state.rng, state.step)
         trained, fixed = split_trained(state.params, config.finetune)
         with activations_on(mesh, config.activation_rules, rules):
-            if accumulation == 1:
+            if pretraining is not None:
+                grads, losses = pretraining(trained, fixed, batch, dropout)
+            elif accumulation == 1:
                 grads, losses = jax.grad(loss_of, has_aux=True)(trained, fixed, batch, dropout)
             else:
                 targets = match_anchors(batch, config.detection, dtype)
