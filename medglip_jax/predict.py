@@ -114,7 +114,9 @@ class MedGLIP:
         modality: str | Sequence[str] = ...,
     ) -> list[Prediction]: ...
 
-    def predict(self, images, phrases, *, threshold=0.3, max_detections=None, batch_size=8, modality=AUTO):
+    def predict(
+        self, images, phrases, *, threshold=0.3, max_detections=None, batch_size=8, modality: str | Sequence[str] = AUTO
+    ):
         """Finds phrases in one image or in each of a list.
 
         More phrases than a prompt holds go into several prompts, each with a pass over the image.

@@ -31,7 +31,7 @@ class LayerNorm(nn.LayerNorm):
         if not own:
             return super().__call__(x)
         vectors = dict(self.variables["params"]) | own
-        y = by_group(x, own).astype(jnp.promote_types(self.dtype, jnp.float32))  # [G, rows, C]
+        y = by_group(x, own).astype(jnp.promote_types(self.dtype or x.dtype, jnp.float32))  # [G, rows, C]
         centred = y - y.mean(axis=-1, keepdims=True)
         variance = jnp.mean(centred**2, axis=-1, keepdims=True)
         y = centred * (jax.lax.rsqrt(variance + self.epsilon) * _row(vectors["scale"])) + _row(vectors["bias"])

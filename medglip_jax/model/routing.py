@@ -19,7 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from medglip_jax.parallel.activations import constrain_first
+from medglip_jax.parallel.activations import constrain, constrain_first
 
 Array = jax.Array
 
@@ -111,7 +111,8 @@ def select(stack: Array, index: Array, shared: Array | None) -> Array:
         index: int32[G], 0 to E.
         shared: [...], for groups of index 0; None is zeros.
     """
-    own = jnp.take(constrain_first(stack, None), jnp.maximum(index - 1, 0), axis=0, mode="clip")
+    # Whole in all dimensions: were one split, XLA would bring the gradients of all images to every device instead.
+    own = jnp.take(constrain(stack, *(None,) * stack.ndim), jnp.maximum(index - 1, 0), axis=0, mode="clip")
     known = (index > 0).reshape(-1, *(1,) * (stack.ndim - 1))
     return constrain_first(jnp.where(known, own, 0 if shared is None else shared), "batch")
 

@@ -107,17 +107,17 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*fits)))
 
 
-def constrain_first(x: jax.Array, name: str | None) -> jax.Array:
+def constrain_first(x: jax.Array, name: str) -> jax.Array:
     """Asks XLA to lay the first dimension of an array out by the table of `activations_on`; the others are left to it.
 
     Args:
         x: any array.
-        name: of `NAMES`; None brings the dimension whole to every device.
+        name: of `NAMES`.
     """
     current = _layout.get()
     if current is None:
         return x
-    axes = dict(current.table)[name] if name is not None else None
+    axes = dict(current.table)[name]
     if axes and x.shape[0] % math.prod(current.mesh.shape[axis] for axis in axes):
         axes = None
     spec = PartitionSpec(axes, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))

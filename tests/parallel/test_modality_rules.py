@@ -65,14 +65,15 @@ def test_own_rules_of_a_stack_go_first_and_those_of_shared_parameters_are_lifted
 
 
 def test_on_a_mesh_the_numbers_are_those_of_one_device_and_no_image_leaves_its_own(small):
-    config = with_parts(small, image_parts="encoder", group=2)
+    # Three modalities are no multiple of fsdp=2: each lies in parts.
+    config = with_parts(small, names="ct,mri,pet", image_parts="encoder", group=2)
     config.model.swin.depths, config.model.scan, config.sharding = (1, 1), False, "fsdp"
     rng = np.random.default_rng(0)
     swin = Swin(config.model.swin, jnp.float32)
     shapes = jax.eval_shape(lambda key: swin.init(key, jnp.zeros((1, 32, 32, 3)), False), jax.random.key(0))["params"]
     params = {"backbone": jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)}
     params = jax.tree.map(np.asarray, moved(add_modalities(params, config.model, jax.random.key(1))))
-    batch = {"pixels": rng.normal(size=(16, 32, 32, 3)).astype(np.float32), "index": rng.integers(0, 3, 16)}
+    batch = {"pixels": rng.normal(size=(16, 32, 32, 3)).astype(np.float32), "index": rng.integers(0, 4, 16)}
 
     def run(**sizes):
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod([*sizes.values()]))])
