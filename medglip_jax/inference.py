@@ -100,8 +100,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
         detector(params, image=, image_size=, input_ids=, attention_mask=, phrase_map=, phrase_valid=) -> dict of boxes
         float32[B, D, 4] (canvas pixels, half-open), scores float32[B, D] and phrases int32[B, D] (-1 for empty places),
         best first; where the model has masks, what `find_masks` returns too. image is uint8[B, H, W, 3], image_size
-        int32[B, 2]; the others as `stack_prompts` returns them, for
-        one prompt an image (P = B) or one for all (P = 1).
+        int32[B, 2]; the others as `stack_prompts` returns them, for one prompt an image (P = B) or one for all (P = 1).
     """
     height, width = config.data.canvas
 
