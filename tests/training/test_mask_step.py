@@ -10,7 +10,10 @@ import optax
 import pytest
 
 from data_pipelines.mask_targets import pack
-from medglip_jax.detection.masks import count_parameters
+from medglip_jax.detection.masks import box_logits, count_parameters
+from medglip_jax.detection.postprocess import detect
+from medglip_jax.inference import make_detector, parameter_shapes
+from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.parallel.mesh import make_mesh, to_global
 from medglip_jax.training.optimizer import make_optimizer
 from medglip_jax.training.state import TrainState, state_shapes
@@ -114,6 +117,34 @@ def test_neither_micro_batches_nor_meshes_change_the_numbers(run):
         np.testing.assert_allclose(found[name], value, rtol=2e-6, err_msg=name)
     for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
+
+
+def test_detections_have_the_masks_of_their_anchors_on_any_mesh(config, batch):
+    recipe = config.copy_and_resolve_references()
+    recipe.model.masks.kind, recipe.detection.score_threshold, recipe.detection.max_detections = "both", 0.0, 20
+    model, rng = MaskDetector(), np.random.default_rng(3)
+    shapes = parameter_shapes(model, recipe)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(scale=0.1, size=x.shape), jnp.float32), shapes)
+    images = {name: batch[name] for name in ("image", "image_size", "input_ids", "attention_mask")}
+    phrases = {"phrase_map": np.eye(TOKENS, dtype=np.float32)[None, :4], "phrase_valid": np.ones((1, 4), bool)}
+    found, spread = (
+        jax.device_get(make_detector(model, recipe, mesh)(params, **images, **phrases))
+        for mesh in (None, make_mesh({"data": 2}, jax.devices()[:2]))
+    )
+    assert found["masks"].shape == (BATCH, 20, 16, 16) and found["phrase_masks"].shape == (BATCH, 4, 16, 16)
+    assert found["masks"].dtype == np.int8 and "anchors" not in found and found["masks"].any()
+    for name, value in found.items():
+        np.testing.assert_allclose(spread[name], value, atol=1 if value.dtype == np.int8 else 1e-4, err_msg=name)
+    pixels = normalize_pixels(jnp.asarray(batch["image"]), jnp.asarray(batch["image_size"]))
+    outputs = model.apply({"params": params}, pixels, batch["input_ids"], batch["attention_mask"])
+    assert isinstance(outputs, dict)
+    sizes, canvas = jnp.asarray(batch["image_size"]), (SIDE, SIDE)
+    phrase_map, valid = jnp.asarray(phrases["phrase_map"]), jnp.ones((1, 4), bool)
+    anchors = detect(outputs, sizes, phrase_map[0], valid[0], recipe.detection, canvas=canvas, with_anchors=True)[
+        "anchors"
+    ]
+    best = box_logits(outputs, anchors[:, :1], recipe.detection, canvas=canvas)
+    np.testing.assert_allclose(found["masks"][:, :1] / 16, np.clip(best, -8, 8), atol=0.15)
 
 
 def test_off_the_step_is_the_same_program_whatever_the_batch_and_the_recipe_say(config, batch):
