@@ -19,6 +19,7 @@ from data_pipelines.vocabulary import find_broader
 IS_A, MAY_BE, PART_OF = "is_a", "may_be", "part_of"
 RELATIONS = (IS_A, MAY_BE, PART_OF)
 _OUTSIDE = 1e-3  # pixels by which rounding may move a side
+_Places = Sequence[int] | np.ndarray  # of labels in the table of relations
 
 
 def known_label(*names: str) -> str:
@@ -96,7 +97,7 @@ def _relation_table() -> _RelationTable:
     return _RelationTable(places, codes, both_sides)
 
 
-def _relate_all(labels: Sequence[int], others: Sequence[int], boxed: Iterable[int]) -> np.ndarray:
+def _relate_all(labels: _Places, others: _Places, boxed: Iterable[int]) -> np.ndarray:
     """Returns int8[n, m], the codes of `relate_in` of labels and others, by their places in the table."""
     table = _relation_table()
     rows, columns = np.asarray(labels, int), np.asarray(others, int)
@@ -190,7 +191,7 @@ def _places_of(regions: Sequence[Region]) -> list[int]:
     return [_place_of(region.label, region.phrase) for region in regions]
 
 
-def _relate_regions(regions: Sequence[Region], others: Sequence[int] | np.ndarray, boxed: Iterable[int]) -> np.ndarray:
+def _relate_regions(regions: Sequence[Region], others: _Places, boxed: Iterable[int]) -> np.ndarray:
     """Returns int8[n, m], what regions are to labels: the taxonomy's code, or that of what holds them in the record."""
     codes = _relate_all(_places_of(regions), others, boxed)
     of_holder = _relate_all([_place_of(region.parent) for region in regions], others, ())
@@ -217,8 +218,8 @@ def find_pairs(prompt: Prompt, regions: Sequence[Region], limit: int) -> tuple[n
     labels, tokens = _find_phrases(prompt, regions)
     codes = _relate_all(labels, labels, _places_of(regions))
     children, parents = np.nonzero((codes == _IS_A) & (labels[:, None] != labels))
-    shown = (tokens & (prompt.positive_map > 0).any(axis=0)).any(axis=1)
-    order = np.argsort(~shown[children], kind="stable")[:limit]
+    shown = np.any(tokens & (prompt.positive_map > 0).any(axis=0), axis=1)
+    order = np.argsort(~np.asarray(shown)[children], kind="stable")[:limit]
     return tokens[children[order]], tokens[parents[order]]
 
 
