@@ -74,7 +74,7 @@ class Small:
         self.state, placed = create_state(model, config, optimizer, jax.random.key(0), mesh)
         rng, ids = np.random.default_rng(0), [MODALITIES.index(name) for name in ("unknown", *NAMES)]
         shapes = train_batch(config, batch_size, batch_sharding(mesh)) | {"modality": None}
-        arrays = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items() if x is not None}
+        arrays: dict[str, Any] = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items() if x is not None}
         arrays["image"] = rng.integers(0, 256, arrays["image"].shape, np.uint8)
         arrays["image_size"][:], arrays["attention_mask"][:, :9] = config.data.canvas, 1
         arrays["modality"] = rng.choice(ids, batch_size).astype(np.int32)
