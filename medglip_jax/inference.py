@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from medglip_jax.detection.masks import find_masks
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
-from medglip_jax.mask_outputs import Rle, encode_logits, grow_boxes
+from medglip_jax.mask_outputs import Rle, count_pixels, encode_logits, grow_boxes
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
 from medglip_jax.parallel.activations import activations_on
@@ -206,6 +206,7 @@ def merge(
             for place, logits in zip(names, part["phrase_masks"], strict=False)  # padded phrases come last
             if np.any(logits > 0)
         }
+        by_phrase = {place: mask for place, mask in by_phrase.items() if count_pixels(mask)}
         found = dataclasses.replace(found, phrase_masks=by_phrase)
     return found
 
