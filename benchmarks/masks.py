@@ -46,7 +46,7 @@ def recipe(kind: str) -> ConfigDict:
 def make_batch(config: ConfigDict) -> dict[str, np.ndarray]:
     """Returns noise with eight boxes an image, each with a mask."""
     rng, shapes = np.random.default_rng(0), train_batch(config, config.data.batch_size, None)
-    batch = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    batch: dict[str, Any] = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
     height, width = config.data.canvas
     batch["image"] = rng.integers(0, 256, batch["image"].shape, np.uint8)
     batch["image_size"][:] = height, width

@@ -58,9 +58,6 @@ class PromptTooLong(ValueError):
         return PromptTooLong, (self.phrases, self.num_tokens, self.max_tokens)
 
 
-Range = tuple[int, int]  # tokens (first, after the last)
-
-
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt of L tokens, padding included, for K phrases.

@@ -16,7 +16,7 @@ from data_pipelines.schema import MODALITIES
 from medglip_jax.detection.masks import find_masks
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.errors import list_mismatches
-from medglip_jax.mask_outputs import Rle, encode_logits, grow_boxes
+from medglip_jax.mask_outputs import Rle, count_pixels, encode_logits, grow_boxes
 from medglip_jax.model.modality import add_modalities, classify, modality_table
 from medglip_jax.model.pixels import normalize_pixels
 from medglip_jax.model.text_offsets import PROMPT, apply_model
@@ -273,6 +273,7 @@ def merge(
             for place, logits in zip(names, part["phrase_masks"], strict=False)  # padded phrases come last
             if np.any(logits > 0)
         }
+        by_phrase = {place: mask for place, mask in by_phrase.items() if count_pixels(mask)}
         found = dataclasses.replace(found, phrase_masks=by_phrase)
     return found
 

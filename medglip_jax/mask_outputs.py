@@ -50,6 +50,13 @@ def decode(rle: Rle) -> np.ndarray:
     return coco_mask.decode(rle) > 0  # pyright: ignore[reportArgumentType]
 
 
+def count_pixels(rle: Rle) -> int:
+    """Returns the area of a mask."""
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area(rle))  # pyright: ignore[reportArgumentType]
+
+
 def to_text(rle: Rle) -> Rle:
     """Returns run lengths that JSON can hold, and that pycocotools reads."""
     counts = rle["counts"]
@@ -88,7 +95,9 @@ def encode_logits(logits: np.ndarray, scale: np.ndarray, size: tuple[int, int], 
         return encode_crop(np.zeros((0, 0), bool), (0, 0), size)
     (y_scale, x_scale) = per_pixel
     # From the centre of each pixel of the part to its place on the grid.
-    places = np.float64([[x_scale, 0, (x0 + 0.5) * x_scale - 0.5], [0, y_scale, (y0 + 0.5) * y_scale - 0.5]])
+    places = np.asarray(
+        [[x_scale, 0, (x0 + 0.5) * x_scale - 0.5], [0, y_scale, (y0 + 0.5) * y_scale - 0.5]], np.float64
+    )
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     resized = cv2.warpAffine(
         logits.astype(np.float32), places, (x1 - x0, y1 - y0), flags=flags, borderMode=cv2.BORDER_REPLICATE

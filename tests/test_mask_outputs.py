@@ -90,4 +90,8 @@ def test_masks_of_several_prompts_are_joined_with_their_boxes():
     assert areas == [16, 16, 16] and [decode(mask).sum() for mask in found.masks] == [16 * 64] * 3
     assert sorted(found.phrase_masks) == [0, 1, 2]
     np.testing.assert_array_equal(decode(found.phrase_masks[2]), decode(found.masks[1]))
+    speck = np.full((1, 8, 8), -127, np.int8)
+    speck[0, 4, 4] = 1  # above 0 at the centre of a cell, which is of no pixel
+    parts[0]["phrase_masks"] = speck
+    assert merge(parts[:1], [[2]], 10, scale=np.full(2, 0.5), size=(64, 64)).phrase_masks == {}
     assert merge(parts, [[2], [0, 1]], 10, scale=np.full(2, 0.5), size=(64, 64)).phrases.tolist() == [1, 2, 0]

@@ -9,11 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from data_pipelines.schema import GroundingExample
 from medglip_jax.inference import Detections
-from medglip_jax.mask_outputs import Rle, to_text
+from medglip_jax.mask_outputs import Rle, count_pixels, to_text
 
 _AREA_ALL, _MAX_DETECTIONS_100 = 0, 2  # places in hotcoco's default area ranges and detection limits
 _THRESHOLDS = {"AP50": 0, "AP75": 5}  # places in the IoU thresholds 0.5, 0.55 ... 0.95
@@ -102,7 +101,7 @@ def coco_dataset(truth: Sequence[GroundTruth], phrases: Sequence[str], *, masks:
                 annotations[len(annotations) - len(known.boxes) :], known.masks or (), strict=True
             ):
                 assert mask is not None
-                annotation |= {"segmentation": to_text(mask), "area": float(coco_mask.area(mask))}
+                annotation |= {"segmentation": to_text(mask), "area": count_pixels(mask)}
     return {
         "info": {},
         "images": [

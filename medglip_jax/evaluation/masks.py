@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 
 from medglip_jax.evaluation.coco import GroundTruth, average_precision
 from medglip_jax.inference import Detections
-from medglip_jax.mask_outputs import Rle, decode
+from medglip_jax.mask_outputs import Rle, count_pixels, decode
 
 _UNION_SCORE = 0.3  # least score of a box whose mask is part of its phrase's, where phrases have no masks of their own
 _PERCENT = 95  # of the surface's elements, as in the medical segmentation decathlon
@@ -33,18 +33,18 @@ def phrase_masks(found: Detections) -> dict[int, Rle]:
     for mask, phrase, score in zip(found.masks, found.phrases, found.scores, strict=True):
         if score >= _UNION_SCORE:
             groups[int(phrase)].append(mask)
-    return {phrase: joined for phrase, masks in groups.items() if coco_mask.area(joined := join_masks(masks)) > 0}
+    return {phrase: joined for phrase, masks in groups.items() if count_pixels(joined := join_masks(masks))}
 
 
 def overlap(a: Rle, b: Rle) -> tuple[float, float]:
     """Returns (Dice, IoU) of two masks, not both empty."""
-    iou = float(coco_mask.iou([a], [b], [0])[0, 0])  # pyright: ignore[reportArgumentType]
+    iou = float(np.asarray(coco_mask.iou([a], [b], [0]))[0, 0])  # pyright: ignore[reportArgumentType]
     return 2 * iou / (1 + iou), iou
 
 
 def surface_distance_95(a: np.ndarray, b: np.ndarray, spacing: tuple[float, float]) -> float:
     """Returns the 95 % Hausdorff distance of two masks, bool[h, w], neither empty, in the unit of `spacing` (y, x)."""
-    from surface_distance import metrics
+    from surface_distance import metrics  # 0.1 fails under NumPy 2 where a mask is empty, and only there
 
     rows, columns = (np.flatnonzero((a | b).any(axis=axis)) for axis in (1, 0))
     part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -108,7 +108,7 @@ def _add_scores(
     for place, phrase in enumerate(phrases):
         lists, mask = scores[phrase], found.get(place)
         if phrase not in groups:
-            area = 0 if mask is None else float(coco_mask.area(mask))  # pyright: ignore[reportArgumentType]
+            area = 0 if mask is None else count_pixels(mask)
             lists["false_area"].append(area / (known.size[0] * known.size[1]))
             continue
         if any(known.iscrowd[i] for i in groups[phrase]):
