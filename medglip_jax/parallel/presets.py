@@ -29,7 +29,6 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"_embeddings/embedding$", (None, split)),
         # Between stages and between streams, [in, out].
         (r"(^|/)(reduction|text_projection)/kernel$", (split,)),
-        (r"^((image|region)_projection|pixel_decoder)/kernel$", (split,)),  # of pretraining
         # Dynamic ReLU, [channels, channels / 4] and back to four times the channels.
         (r"dyconv/relu/fc0/kernel$", (split,)),
         (r"dyconv/relu/fc1/kernel$", (None, split)),
@@ -42,16 +41,24 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"(^|/)relative_position_bias_table$", ()),
         (r"(^|/)(bias|scale|gamma_[vl])$", ()),
         (r"^head/(bias_lang|bias0|log_scale|scale_\d+)$", ()),
-        (r"^(log_scale|logit_bias|mask_token)$", ()),  # of pretraining
     )
 
 
+_SPLITS: dict[str, Any] = {"fsdp": ("replica", "fsdp"), "hsdp": "fsdp", "fsdp_tp": ("replica", "fsdp")}
 PRESETS: dict[str, Rules] = {
     "ddp": ((r".*", ()),),
-    "fsdp": _preset(("replica", "fsdp"), None),
-    "hsdp": _preset("fsdp", None),
-    "fsdp_tp": _preset(("replica", "fsdp"), "tensor"),
+    **{name: _preset(split, "tensor" if name == "fsdp_tp" else None) for name, split in _SPLITS.items()},
 }
+
+
+def pretraining_rules(preset: str) -> Rules:
+    """Returns rules for what the models of pretraining have and GLIP has not."""
+    if preset not in _SPLITS:
+        return ()
+    return (
+        (r"^((image|region)_projection|pixel_decoder)/kernel$", (_SPLITS[preset],)),  # [in, out]
+        (r"^(log_scale|logit_bias|mask_token)$", ()),
+    )
 
 
 def adapter_rules(rules: Rules) -> Rules:
@@ -71,7 +78,7 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
     """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules`, `sharding` and `finetune`.
+        config: a recipe; reads `sharding_rules`, `sharding`, `finetune` and `pretraining.task`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -81,6 +88,8 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
         hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"config.sharding is {config.sharding!r}: {hint}")
     rules = (*config.sharding_rules, *PRESETS[config.sharding])
+    if config.pretraining.task:
+        rules = (*rules, *pretraining_rules(config.sharding))
     if config.finetune.lora_rank:
         return (*rules, *adapter_rules(rules))
     return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase
