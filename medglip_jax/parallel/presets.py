@@ -29,7 +29,6 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"_embeddings/embedding$", (None, split)),
         # Between stages and between streams, [in, out].
         (r"(^|/)(reduction|text_projection)/kernel$", (split,)),
-        (r"^((image|region)_projection|pixel_decoder)/kernel$", (split,)),  # of pretraining
         # Dynamic ReLU, [channels, channels / 4] and back to four times the channels.
         (r"dyconv/relu/fc0/kernel$", (split,)),
         (r"dyconv/relu/fc1/kernel$", (None, split)),
@@ -42,26 +41,33 @@ def _preset(split: Any, tensor: str | None) -> Rules:
         (r"(^|/)relative_position_bias_table$", ()),
         (r"(^|/)(bias|scale|gamma_[vl])$", ()),
         (r"^head/(bias_lang|bias0|log_scale|scale_\d+)$", ()),
-        (r"^(log_scale|logit_bias|mask_token)$", ()),  # of pretraining
     )
 
 
+_SPLITS: dict[str, Any] = {"fsdp": ("replica", "fsdp"), "hsdp": "fsdp", "fsdp_tp": ("replica", "fsdp")}
 PRESETS: dict[str, Rules] = {
     "ddp": ((r".*", ()),),
-    "fsdp": _preset(("replica", "fsdp"), None),
-    "hsdp": _preset("fsdp", None),
-    "fsdp_tp": _preset(("replica", "fsdp"), "tensor"),
+    **{name: _preset(split, "tensor" if name == "fsdp_tp" else None) for name, split in _SPLITS.items()},
 }
-_SPLIT: dict[str, Any] = {"ddp": None, "fsdp": ("replica", "fsdp"), "hsdp": "fsdp", "fsdp_tp": ("replica", "fsdp")}
 
 
 def mask_rules(preset: str) -> Rules:
     """Returns rules for the mask branch (`model.masks`) that go with a preset."""
-    split = _SPLIT[preset]
+    split = _SPLITS.get(preset)
     return (
         (r"^masks/(lateral_\d+|controller)/kernel$", (split,)),  # from the tower's channels
         (r"^masks/conv_\d+/kernel$", (None, None, split)),
         (r"^masks/((detail|pixel_projection|maps)/kernel|bias_lang|bias0)$", ()),  # a few thousand numbers
+    )
+
+
+def pretraining_rules(preset: str) -> Rules:
+    """Returns rules for what the models of pretraining have and GLIP has not."""
+    if preset not in _SPLITS:
+        return ()
+    return (
+        (r"^((image|region)_projection|pixel_decoder)/kernel$", (_SPLITS[preset],)),  # [in, out]
+        (r"^(log_scale|logit_bias|mask_token)$", ()),
     )
 
 
@@ -116,7 +122,8 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
     """Returns the sharding rules of a recipe: its own, then those of its preset, then those of what it adds.
 
     Args:
-        config: a recipe; reads `sharding_rules`, `sharding`, `finetune`, `model.modality` and `model.masks.kind`.
+        config: a recipe; reads `sharding_rules`, `sharding`, `finetune`, `model.modality`, `model.masks.kind` and
+            `pretraining.task`.
 
     Raises:
         ValueError: there is no such preset; the error names the nearest.
@@ -131,6 +138,8 @@ def resolve_rules(config: ConfigDict | FrozenConfigDict) -> Rules:
         rules = (*given, *modality_rules(base, _MODALITIES[config.sharding]), *base)
     if config.model.masks.kind:
         rules = (*rules, *mask_rules(config.sharding))
+    if config.pretraining.task:
+        rules = (*rules, *pretraining_rules(config.sharding))
     if config.finetune.lora_rank:
         return (*rules, *adapter_rules(base))
     return (*rules, (r"^prompt/", ())) if config.finetune.mode == "prompt" else rules  # a few numbers for each phrase

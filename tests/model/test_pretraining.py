@@ -15,7 +15,7 @@ from medglip_jax.model.pretraining import MODELS, make_model, normalize, pool_ma
 from medglip_jax.model.regions import box_levels, pool_regions
 from medglip_jax.model.swin import Swin
 from medglip_jax.parallel.mesh import abstract_mesh
-from medglip_jax.parallel.presets import PRESETS
+from medglip_jax.parallel.presets import PRESETS, resolve_rules
 from medglip_jax.parallel.rules import find_placements
 
 OWN = {
@@ -67,11 +67,12 @@ def test_encoders_have_the_paths_and_shapes_that_they_have_in_glip(shapes_of, gl
 
 
 @pytest.mark.parametrize("task", MODELS)
-def test_every_preset_places_every_parameter(shapes_of, task):
-    shapes = shapes_of(task)
+def test_every_preset_places_every_parameter(tiny_config, shapes_of, task):
+    shapes, config = shapes_of(task), recipe(tiny_config, task)
     mesh = abstract_mesh({"fsdp": 4, "tensor": 2}, 8)
-    for name, rules in PRESETS.items():
-        placed = find_placements(rules, shapes, mesh)
+    for name in PRESETS:
+        config.sharding = name
+        placed = find_placements(resolve_rules(config), shapes, mesh)
         lost = {path for path, place in placed.items() if place.lost and path.split("/")[0] in OWN[task]}
         assert not lost, name
         kernels = [path for path in placed if path.endswith("_projection/kernel") or path.startswith("pixel_decoder/k")]
