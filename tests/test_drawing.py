@@ -98,7 +98,7 @@ def test_masks_are_tinted_in_the_colour_of_their_phrase():
     drawn = draw_predictions(image, np.zeros((0, 4)), [], np.zeros(0), masks=[("nodule", mask)])
     changed = (np.asarray(plain) != np.asarray(drawn)).any(axis=2)
     scale = changed.shape[0] / 80
-    np.testing.assert_array_equal(changed, np.kron(mask, np.ones((int(scale), int(scale)))) > 0)
+    assert (changed != (np.kron(mask, np.ones((int(scale), int(scale)))) > 0)).mean() < 1e-3  # corners are rounded
     color, inside = (
         np.asarray(phrase_colors([["nodule"]])["nodule"]),
         np.asarray(drawn)[int(40 * scale), int(30 * scale)],
