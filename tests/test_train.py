@@ -97,7 +97,7 @@ def test_run_tells_its_speed_and_where_its_time_went(run, recipe):
 def slim(monkeypatch):
     """A stand-in for the model, where a test is about the run and not about what it computes."""
     for module in (train_module, pretrained):
-        monkeypatch.setattr(module, "GLIP", lambda config: Slim())
+        monkeypatch.setattr(module, "make_model", lambda config: Slim())
 
 
 def test_stopped_run_goes_on_as_if_it_had_not_stopped(slim, recipe, tmp_path, monkeypatch):

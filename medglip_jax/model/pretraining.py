@@ -62,7 +62,7 @@ def pool_map(features: Array, image_size: Array | None, stride: int = STRIDE) ->
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     if image_size is None:
         return features.mean(axis=(1, 2))
-    height, width = features.shape[1:3]
+    _, height, width, _ = features.shape
     weights = valid_cells(image_size, height, width, stride)[..., None]
     return jnp.sum(features, axis=(1, 2), where=weights) / jnp.maximum(weights.sum(axis=(1, 2)), 1)
 
