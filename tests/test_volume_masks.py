@@ -41,7 +41,9 @@ class Bright:
         upper = first & (np.arange(len(picture)) < len(picture) // 2)[:, None]
         masks = {phrase: encode_mask(upper if k else first) for k, phrase in enumerate(phrases)}
         if self.config.model.masks.kind == "boxes":
-            return Prediction(np.zeros((len(phrases), 4)), np.ones(len(phrases)), list(phrases), [*masks.values()])
+            return Prediction(
+                np.zeros((len(phrases), 4)), np.ones(len(phrases)), list(phrases), masks=[*masks.values()]
+            )
         return Prediction(np.zeros((0, 4)), np.zeros(0), [], phrase_masks=masks)
 
 
