@@ -111,8 +111,7 @@ def make_detector(model: Module, config: ConfigDict, mesh: Mesh | None = None) -
     Args:
         model: the detector.
         config: a recipe; reads `data.canvas`, `detection`, `model.modality`, `model.masks.kind`, `sharding`,
-            `sharding_rules` and
-            `activation_rules`.
+            `sharding_rules` and `activation_rules`.
         mesh: from `make_mesh`; None runs on one device.
 
     Returns:
