@@ -1,11 +1,12 @@
 """What each part of Med-GLIP is worth: plain GLIP, and one part after another on top of it, at the same budget.
 
-    python -m benchmarks.ablations --root DIR [--seeds 3] [--steps 500] [--only plain,masks] [--folder ablation_runs]
+    python -m benchmarks.ablations --root DIR [--seeds 3] [--steps 400] [--only plain,masks] [--folder ablation_runs]
 
 builds the mixed corpus of configs/ablation_corpus.yaml from the folders below DIR, trains configs/ablation.py with the
-changes of each setting from each seed, and evaluates on the patients held out. What is in FOLDER already is not made
-again: the same command goes on. It prints a table of means and standard deviations over the seeds, writes them to
---output, and leaves the predictions of every run in FOLDER.
+changes of each setting from each seed, and evaluates on the patients held out. Runs take a core each, and as many go on
+at once as there are cores. What is in FOLDER already is not made again: the same command goes on. It prints a table of
+means and standard deviations over the seeds, writes them to --output, and leaves what every run found in FOLDER. What
+the parts cost is measured by benchmarks/parts.py.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -97,29 +100,26 @@ def _look_up(results: Mapping[str, Any], path: str) -> float | None:
     return value
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
-    """Trains and evaluates in a process of its own, unless that was done; returns metrics, and what they cost."""
-    cost_file = workdir / "cost.json"
-    if not cost_file.exists():
+def run(config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path) -> dict[str, float]:
+    """Trains and evaluates in a process of its own, unless that was done; returns metrics and the time of a step."""
+    results_file = workdir / "evaluation.json"
+    if not results_file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             recipe = pathlib.Path(folder) / "recipe.json"
             save_config(config, recipe)
             command = [sys.executable, "-m", "medglip_jax.train", "--config", str(recipe), "--workdir", str(workdir)]
-            environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+            command += ["--compilation-cache", str(compiled)]
+            environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
             with (workdir / "log.txt").open("a") as log:
-                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                _, status, usage = os.wait4(process.pid, 0)
-                process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{workdir / 'log.txt'}: the run ended with status {process.returncode}")
-        scale = 1 if sys.platform == "darwin" else 1024
-        cost_file.write_text(json.dumps({"memory_mib": usage.ru_maxrss * scale / 2**20}))
-    results = json.loads((workdir / "evaluation.json").read_text())
+                status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        if status.returncode:
+            raise SystemExit(f"{workdir / 'log.txt'}: the run ended with status {status.returncode}")
+    results = json.loads(results_file.read_text())
     lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
     seconds = [line["step_seconds"] for line in lines[2:] if "step_seconds" in line]
     found = {name: value for name in METRICS if (value := _look_up(results, name)) is not None}
-    return found | json.loads(cost_file.read_text()) | {"step_seconds": statistics.median(seconds)}
+    return found | {"step_seconds": statistics.median(seconds)}
 
 
 def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -134,12 +134,12 @@ def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
 
 def table(summaries: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Returns the summaries in Markdown; shares in percent."""
-    columns = [name for name in (*METRICS, "step_seconds", "memory_mib") if any(name in s for s in summaries.values())]
+    columns = [name for name in (*METRICS, "step_seconds") if any(name in s for s in summaries.values())]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for setting, summary in summaries.items():
         cells = []
         for name in columns:
-            scale, digits = {"step_seconds": (1, 2), "memory_mib": (1, 0)}.get(name, (100, 1))
+            scale, digits = (1, 2) if name == "step_seconds" else (100, 1)
             mean, deviation = summary.get(name, (None, None))
             cells.append("" if mean is None else f"{mean * scale:.{digits}f} ± {(deviation or 0) * scale:.{digits}f}")
         lines.append(f"| {setting} | {' | '.join(cells)} |")
@@ -153,7 +153,8 @@ def main() -> None:
     add("--root", type=pathlib.Path, required=True, help="folder of the data sets of configs/ablation_corpus.yaml")
     add("--folder", type=pathlib.Path, default=pathlib.Path("ablation_runs"), help="for records and runs")
     add("--seeds", type=int, default=3, help="runs of each setting; default: %(default)s")
-    add("--steps", type=int, default=500, help="of a run; default: %(default)s")
+    add("--steps", type=int, default=400, help="of a run; default: %(default)s")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at once, each on one core; default: %(default)s")
     add("--only", default="", help="settings, by commas; default: all")
     add("--alone", action="store_true", help="each part alone on plain GLIP, instead of on top of those before it")
     add("--output", type=pathlib.Path, default=None, help="JSON file for the summaries")
@@ -166,14 +167,26 @@ def main() -> None:
     records = folder / "records"
     if not (records / METADATA_FILE).exists():
         build_corpus(read_recipe(ROOT / "configs" / "ablation_corpus.yaml"), records, root=options.root)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for seed in range(options.seeds):  # a seed of all settings first, so that an early end compares like with like
-        for name in names:
-            label = f"{name}{'_alone' if options.alone and name != 'plain' else ''}_{options.steps}_{seed}"
-            config = make_recipe(name, records, seed, options.steps, alone=options.alone)
-            found[name].append(run(config, folder / label))
-            print(label, {key: round(value, 4) for key, value in found[name][-1].items()}, file=sys.stderr, flush=True)
-    summaries = {name: summarize(runs) for name, runs in found.items()}
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    cores, lock = [*range(options.jobs)], threading.Lock()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+    def make(seed: int, name: str) -> None:
+        label = f"{name}{'_alone' if options.alone and name != 'plain' else ''}_{options.steps}_{seed}"
+        config = make_recipe(name, records, seed, options.steps, alone=options.alone)
+        with lock:
+            core = cores.pop()
+        if available:  # of this thread, which the processes that it starts inherit
+            os.sched_setaffinity(0, {available[core % len(available)]})
+        found[name][seed] = run(config, folder / label, folder / "compiled")
+        with lock:
+            cores.append(core)
+        print(label, {key: round(value, 4) for key, value in found[name][seed].items()}, file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:  # a seed of all settings first: an early end compares like with like
+        for future in [pool.submit(make, seed, name) for seed in range(options.seeds) for name in names]:
+            future.result()
+    summaries = {name: summarize([*runs.values()]) for name, runs in found.items()}
     print(table(summaries))
     if options.output:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config.data.balance_modalities = 0.5  # half of the images are smears and nuclei
     config.data.max_boxes = 64
 
-    config.schedule.steps = 500
-    config.training.checkpoint_every = 500
+    config.schedule.steps = 400
+    config.training.checkpoint_every = 400
     config.training.log_every = 25
     return config
