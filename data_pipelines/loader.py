@@ -173,6 +173,7 @@ class TrainTransform:
                 flip=flip,
                 annotated=not masks or any(mask is not None for mask in masks),
                 crowds=any(region.iscrowd for region in example.regions),
+                ignored=added.get("ignore_map"),
             )
         return row
 

@@ -5,7 +5,8 @@ so small that it covers half of no cell, the cells that it covers most are. So n
 
 A phrase has a mask where all boxes that it means have one: the union of theirs. A phrase of the prompt that means no
 box is known to be absent, and its mask is empty. A phrase of which only some boxes have masks is left out, and so are
-all phrases of an image whose regions have none, or of which some region is a crowd.
+all phrases of an image whose regions have none, or of which some region is a crowd. A phrase that some box may show
+too, by `config.data.hierarchy.ignored`, is left out as well: nobody says which pixels it means.
 """
 
 import dataclasses
@@ -103,6 +104,7 @@ class MaskRule:
         flip: bool,
         annotated: bool,
         crowds: bool,
+        ignored: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Returns the mask arrays of one row of the batch; see `loader.train_loader`.
 
@@ -116,11 +118,12 @@ class MaskRule:
             annotated: whether the image is normal, or any of its regions has a mask: one that has boxes only says
                 nothing of phrases.
             crowds: whether some region of the image is a crowd.
+            ignored: bool[M, L], the tokens that carry no loss for a box; see `hierarchy.find_ignored`.
         """
         most, length = self.max_masks, len(prompt.input_ids)
         packed = packed_size(self.canvas)
         known = [i for i, mask in enumerate(masks) if mask is not None]
-        meant = self._find_meant(prompt, len(regions)) if annotated and not crowds else []
+        meant = self._find_meant(prompt, len(regions), ignored) if annotated and not crowds else []
         sound = [(tokens, boxes) for tokens, boxes in meant if all(masks[i] is not None for i in boxes)]
         present = [pair for pair in sound if pair[1]]
         absent = [pair for pair in sound if not pair[1]]
@@ -153,11 +156,13 @@ class MaskRule:
         return row
 
     @staticmethod
-    def _find_meant(prompt: Prompt, count: int) -> list[tuple[np.ndarray, list[int]]]:
-        """Returns the tokens of each phrase of the prompt, and the boxes whose words hold all of them."""
+    def _find_meant(prompt: Prompt, count: int, ignored: np.ndarray | None) -> list[tuple[np.ndarray, list[int]]]:
+        """Returns the tokens of each phrase that no box ignores, and the boxes whose words hold all of them."""
         words = prompt.positive_map[:count] > 0  # [M, L]
         found = []
         for ranges in prompt.ranges:
             tokens = np.concatenate([np.arange(first, last) for first, last in ranges])
+            if ignored is not None and ignored[:count, tokens].all(axis=1).any():
+                continue
             found.append((tokens, np.flatnonzero(words[:, tokens].all(axis=1)).tolist()))
         return found

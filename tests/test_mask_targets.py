@@ -51,7 +51,7 @@ def recipe(path, **changes):
     data.update(max_masks=MOST, caption_probability=0.0, expression_probability=0.0, prefix_probability=0.0)
     data.update(parents_positive_probability=0.0, hard_negative_share=0.0, variant_probability=0.0)
     data.update(full_negatives_probability=1.0)
-    data.update(changes)
+    data.update_from_flattened_dict(changes)
     return data.lock()
 
 
@@ -170,6 +170,14 @@ def test_a_phrase_whose_whole_mask_is_not_known_is_left_out(tmp_path, second, ha
         present, absent = phrases_of(row)
         assert set(present) <= {()} and (absent > 0) == has_absent
         assert sorted(row["mask_boxes"])[-1] == 0 and (row["mask_boxes"] >= 0).sum() == 1
+
+
+@pytest.mark.parametrize(("ignored", "known"), [((), {(0,), (1,)}), (("is_a",), {(0,)})])
+def test_a_phrase_that_another_box_shows_too_is_left_out(tmp_path, ignored, known):
+    regions = [region(LEFT, "melanoma"), region(RIGHT, "skin lesion")]
+    for row in rows_of(tmp_path, regions, **{"hierarchy.ignored": ignored}):
+        order = np.argsort(row["boxes"][:2, 0])  # of the boxes in the batch, from left to right
+        assert {tuple(order[[*boxes]]) for boxes in phrases_of(row)[0] if boxes} == known
 
 
 def test_images_with_boxes_only_teach_no_mask(tmp_path):
