@@ -10,7 +10,7 @@ from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
 from medglip_jax.model.blocks import Block, run_blocks
-from medglip_jax.model.layers import Conv, Dense, DropPath, gelu, layer_norm
+from medglip_jax.model.layers import Conv, Dense, DropPath, gelu, layer_norm, torch_bias_init, torch_kernel_init
 from medglip_jax.model.remat import NONE
 from medglip_jax.model.routing import PLACES, SLOTS, move_by, selected
 from medglip_jax.parallel.activations import MAP, WHOLE_MAP, constrain
@@ -157,7 +157,17 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, pixels: Array) -> Array:  # [B, H, W, 3] -> [B, ceil(H / 4), ceil(W / 4), features]
         padding = ((0, 0), (0, -pixels.shape[1] % 4), (0, -pixels.shape[2] % 4), (0, 0))
-        x = Conv(self.features, (4, 4), (4, 4), "VALID", dtype=self.dtype, name="projection")(jnp.pad(pixels, padding))
+        x = Conv(
+            self.features,
+            (4, 4),
+            (4, 4),
+            "VALID",
+            kernel_init=torch_kernel_init,
+            # Not 0: the padding's patches would be 0, where the gradient of every norm is 300 times what it should be.
+            bias_init=torch_bias_init(4 * 4 * pixels.shape[-1]),
+            dtype=self.dtype,
+            name="projection",
+        )(jnp.pad(pixels, padding))
         x = constrain(constrain(x, *WHOLE_MAP), *MAP)
         return layer_norm("norm", _EPSILON, self.dtype)(x)
 
