@@ -1,11 +1,19 @@
 """Window arithmetic of the backbone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medglip_jax.model.swin import merge_windows, partition_windows, relative_position_index, shifted_window_mask
+from medglip_jax.model.swin import (
+    PatchEmbed,
+    merge_windows,
+    partition_windows,
+    relative_position_index,
+    shifted_window_mask,
+)
 
 
 @given(rows=st.integers(1, 4), columns=st.integers(1, 4), window=st.integers(1, 7))
@@ -33,3 +41,16 @@ def test_shifted_mask_keeps_apart_what_only_the_roll_joined():
     last = mask[3].reshape(4, 4, 4, 4)
     assert (last[:2, :2, :2, :2] == 0).all()
     assert (last[:2, :2, 2:, :] == -100).all()
+
+
+def test_padding_has_no_larger_gradient_than_what_is_in_the_image():
+    """Of zeros a norm's gradient is 1 / sqrt(epsilon), and norms follow one another."""
+    embed = PatchEmbed(16, jnp.float32)
+    image = jax.random.normal(jax.random.key(0), (1, 16, 16, 3))
+    weights = jax.random.normal(jax.random.key(1), (1, 4, 4, 16))
+    params = embed.init(jax.random.key(2), image)
+
+    def norm_of_gradient(pixels):
+        return optax.global_norm(jax.grad(lambda p: jnp.sum(weights * jnp.asarray(embed.apply(p, pixels))))(params))
+
+    assert norm_of_gradient(jnp.zeros_like(image)) < 3 * norm_of_gradient(image)
