@@ -51,6 +51,7 @@ class TrainingProcesses:
         devices: int = 1,
         cache: str = "",
         overrides: Sequence[str] = (),
+        module: str = "medglip_jax.train",
     ):
         """Starts them.
 
@@ -61,8 +62,9 @@ class TrainingProcesses:
             devices: of each process.
             cache: folder for compiled programs; "" keeps none.
             overrides: more arguments.
+            module: that is run.
         """
-        command = [sys.executable, "-m", "medglip_jax.train", "--config", str(config), "--workdir", str(workdir)]
+        command = [sys.executable, "-m", module, "--config", str(config), "--workdir", str(workdir)]
         command += overrides
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
         # Not to wait for the compiler; the programs of all starts are the same.

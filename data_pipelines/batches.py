@@ -1,6 +1,7 @@
 """Rows to batches: made ahead by threads or processes, and a position that any number of processes can go on from."""
 
 import dataclasses
+import functools
 import logging
 import os
 import signal
@@ -24,17 +25,17 @@ Batch = dict[str, np.ndarray]
 _log = logging.getLogger(__name__)
 
 
-def _start_worker(index: int, count: int) -> None:
-    """Prepares a decode process.
+def _start_worker(parent: int, index: int, count: int) -> None:
+    """Prepares a decode process of the process `parent`.
 
     Threads and processes of the loader share the cores already: OpenCV keeps to one. Signals to a whole group of
     processes, Ctrl-C or a preemption, are for the run, which ends its workers when it has saved; where it was killed
-    and cannot, they end by themselves.
+    and cannot, they end by themselves. It may be gone before this is called, so that its number must be given.
     """
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
@@ -57,7 +58,7 @@ def make_batches(examples: grain.MapDataset, data: ConfigDict, batch_size: int) 
         workers = grain.MultiprocessingOptions(
             num_workers=data.num_workers, per_worker_buffer_size=max(1, data.prefetch // data.num_workers)
         )
-        made = examples.to_iter_dataset(options).mp_prefetch(workers, _start_worker)
+        made = examples.to_iter_dataset(options).mp_prefetch(workers, functools.partial(_start_worker, os.getpid()))
     batches = made.batch(batch_size, drop_remainder=True)
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_BATCHES_AHEAD)
 

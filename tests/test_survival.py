@@ -1,4 +1,7 @@
-"""A run that is killed or told to stop, at bad moments, comes to the numbers of one that is left alone."""
+"""A run that is killed or told to stop, at bad moments, comes to the numbers of one that is left alone.
+
+The model is a stand-in: what is tested here is everything around it. benchmarks/chaos.py kills runs of GLIP.
+"""
 
 import json
 import os
@@ -20,6 +23,7 @@ from medglip_jax.errors import Preempted
 from medglip_jax.train import train
 from medglip_jax.training.checkpoint import Checkpoints, load_params
 from medglip_jax.training.nonfinite import NonFiniteLoss
+from tests.training import slim_train
 from tests.training.slim import Slim
 
 
@@ -30,22 +34,25 @@ def recipe(tiny_config, tmp_path_factory):
     config = tiny_config.copy_and_resolve_references()
     config.data.train = str(folder)
     config.data.max_tokens, config.data.max_boxes = 64, 32
-    config.model.swin.depths = (1, 1, 1, 1)  # compiling is what takes the time here
     config.schedule.steps, config.schedule.warmup_steps = 24, 1
     config.training.checkpoint_every, config.training.log_every = 4, 1
-    model = config.model
-    assert model.swin.drop_path and model.fpn.drop_block and model.bert.dropout and model.tower.fusion_dropout
     return config
 
 
-@pytest.fixture(scope="module")
-def alone(recipe, tmp_path_factory):
+@pytest.fixture
+def alone(recipe, tmp_path, monkeypatch):
     """The losses of a run that nothing happened to."""
-    workdir = tmp_path_factory.mktemp("alone")
+    use(monkeypatch, slim_train.stand_in)
+    workdir = tmp_path / "alone"
     train(recipe, workdir)
     found = losses(workdir)
     assert sorted(found) == list(range(1, recipe.schedule.steps + 1))
     return found
+
+
+def use(monkeypatch, make_model):
+    for module in (train_module, pretrained):
+        monkeypatch.setattr(module, "make_model", make_model)
 
 
 def until(condition, started, seconds=200):
@@ -65,7 +72,7 @@ def test_a_run_that_is_killed_and_stopped_comes_to_the_same_losses(recipe, alone
     config.data.num_workers = 1
     file, workdir = tmp_path / "recipe.json", tmp_path / "run"
     save_config(config, file)
-    start = {"devices": len(jax.devices()), "cache": str(jax.config.jax_compilation_cache_dir)}
+    start = {"devices": len(jax.devices()), "module": slim_train.__name__}
 
     with TrainingProcesses(file, workdir, **start) as started:
         until(lambda: len(losses(workdir)) >= 6, started)
@@ -85,14 +92,15 @@ def test_a_run_that_is_killed_and_stopped_comes_to_the_same_losses(recipe, alone
     assert losses(workdir) == alone
 
 
-def test_decode_processes_do_not_outlive_a_killed_run(recipe, tmp_path):
+@pytest.mark.parametrize("later", [0.3, 3.0])  # while the decode process imports, and when it has begun
+def test_decode_processes_do_not_outlive_a_killed_run(recipe, tmp_path, later):
     config = recipe.copy_and_resolve_references()
     config.data.num_workers = 1
     save_config(config, tmp_path / "recipe.json")
-    with TrainingProcesses(tmp_path / "recipe.json", tmp_path / "run", devices=1) as started:
+    with TrainingProcesses(tmp_path / "recipe.json", tmp_path / "run", module=slim_train.__name__) as started:
         group = started.processes[0].pid  # a session of its own: all its children are in it
         until(lambda: len(members(group)) > 1, started)
-        time.sleep(3)  # past the start of the decode process
+        time.sleep(later)
         started.processes[0].kill()
         started.wait()
         end = time.monotonic() + 60
@@ -117,8 +125,7 @@ def members(group):
 @pytest.fixture
 def short(recipe, monkeypatch):
     """A run of a stand-in model: what follows is about the steps, not about what they compute."""
-    for module in (train_module, pretrained):
-        monkeypatch.setattr(module, "make_model", lambda config: Slim())
+    use(monkeypatch, lambda config: Slim())
     config = recipe.copy_and_resolve_references()
     config.schedule.steps = 6
     return config

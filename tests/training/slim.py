@@ -22,7 +22,10 @@ SHAPES = {
 
 
 class Slim:
-    """Is called as GLIP is, on a canvas of 64 x 64 pixels."""
+    """Is called as GLIP is, on a canvas of 64 x 64 pixels; `dropout` is of the image's features."""
+
+    def __init__(self, dropout=0.0):
+        self.dropout = dropout
 
     def init(self, key, *inputs):
         keys = jax.random.split(key, len(SHAPES))
@@ -37,6 +40,9 @@ class Slim:
         image = jnp.concatenate(rows, axis=1) @ p["backbone/patch_embed/projection/kernel"]  # [B, N, 8]
         image = jnp.tanh(image @ p["backbone/stage_0_block_0/attention/qkv/kernel"])
         image = image * p["backbone/stage_1_block_0/norm1/scale"]
+        if train and self.dropout:
+            kept = jax.random.bernoulli(rngs["dropout"], 1 - self.dropout, image.shape)
+            image = jnp.where(kept, image / (1 - self.dropout), 0)
         text = p["language/word_embeddings/embedding"][input_ids] @ p["language/layer_0/query/kernel"]
         text = jnp.tanh(text + p["language/layer_0/query/bias"])  # [B, L, 8]
         if text_offset is not None:
