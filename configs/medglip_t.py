@@ -167,7 +167,8 @@ def get_config() -> ConfigDict:
     config.pretraining.samples = (
         7  # samples of a region along each axis (RoIAlign, arXiv 1703.06870); their mean counts
     )
-    config.pretraining.template = "{prefix}{phrase}"  # text of a phrase in zero-shot classification
+    # Text of a phrase in zero-shot classification; "{prefix}{phrase}" says the image's modality first ("CT: ").
+    config.pretraining.template = "{phrase}"
     config.pretraining.probe_images = 10_000  # images of data.train, at most, that a linear probe learns from; ours
     config.pretraining.probe_decay = 1e-3  # L2 penalty of its weights over the mean loss of a label; ours
     config.pretraining.probe_steps = 200  # steps of L-BFGS; ours
