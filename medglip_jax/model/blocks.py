@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from medglip_jax.model.remat import NONE, POLICIES
 from medglip_jax.model.routing import COLLECTION
-from medglip_jax.parallel.activations import constrain_parameters
+from medglip_jax.parallel.activations import constrain_parameters, gather_parameters
 
 Array = jax.Array
 Tree = Any
@@ -34,13 +34,25 @@ class Block:
     train: int
     policy: str = NONE
 
-    def build(self, *, in_loop: bool = False, **place: Any) -> Any:
-        """Returns the module; `place` is its name, or parent=None for one that belongs to no other."""
+    def build(self) -> Any:
+        """Returns the module, inside its parent's compact call."""
         kind = self.kind
         if self.policy != NONE:
-            # XLA does not merge what is recomputed with the first computation across the two loops.
-            kind = nn.remat(kind, static_argnums=(self.train,), policy=POLICIES[self.policy], prevent_cse=not in_loop)
-        return kind(**self.fields, **place)
+            kind = nn.remat(kind, static_argnums=(self.train,), policy=POLICIES[self.policy])
+        return kind(**self.fields, name=self.name)
+
+    def make_turn(self, parent: nn.Module, call: Callable[[Any, Tree, Array | None], Tree]) -> Callable[..., Tree]:
+        """Returns the function of a turn of a loop: (variables, carry, rate, random keys) -> carry."""
+        module = self.kind(**self.fields, parent=None)
+        if self.policy == NONE:  # what the backward pass keeps of a turn: the parameters must stay split
+            return lambda variables, carry, rate, rngs: nn.apply(call, module)(variables, carry, rate, rngs=rngs)
+
+        def turn(variables: dict[str, Tree], carry: Tree, rate: Array | None, rngs: Mapping[str, Array]) -> Tree:
+            whole = {name: gather_parameters(tree, _path(parent, self.name, name)) for name, tree in variables.items()}
+            return nn.apply(call, module)(whole, carry, rate, rngs=rngs)
+
+        # XLA does not merge what is recomputed with the first computation across the two loops.
+        return jax.checkpoint(turn, policy=POLICIES[self.policy], prevent_cse=False)
 
 
 def run_blocks(
@@ -87,18 +99,23 @@ def run_blocks(
     if looped:
         carry = _run_loop(parent, looped, call, carry, train=train, period=period, rates=rates)
     for block in blocks[len(looped) :]:
-        carry = call(block.build(name=block.name), carry, None)
+        carry = call(block.build(), carry, None)
     return carry
+
+
+def _path(parent: nn.Module, name: str, collection: str) -> str:
+    """Returns where the parameters of a block lie in the model's."""
+    return "/".join((*((COLLECTION,) if collection == COLLECTION else ()), *parent.path, name))
 
 
 def _stack_variables(parent: nn.Module, names: Sequence[str]) -> dict[str, Tree]:
     """Returns what blocks have of each collection, along a first dimension."""
     stacked = {}
-    for collection, prefix in (("params", ()), (COLLECTION, (COLLECTION,))):
+    for collection in ("params", COLLECTION):
         trees = [parent.variables.get(collection, {}).get(name) for name in names]
         if trees[0] is not None:
             tree = jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-            stacked[collection] = constrain_parameters(tree, "/".join((*prefix, *parent.path, names[0])), stacked=True)
+            stacked[collection] = constrain_parameters(tree, _path(parent, names[0], collection), stacked=True)
     return stacked
 
 
@@ -113,7 +130,7 @@ def _run_loop(
     rates: Sequence[float] | None,
 ) -> Tree:
     places = [blocks[place::period] for place in range(period)]  # those of one place run in turn, with one module
-    modules = [alike[0].build(in_loop=True, parent=None) for alike in places]
+    turns = [alike[0].make_turn(parent, call) for alike in places]
     stacked = [_stack_variables(parent, [block.name for block in alike]) for alike in places]
     shape = (len(blocks) // period, period)
     keys = None
@@ -124,10 +141,10 @@ def _run_loop(
 
     def body(carry: Tree, inputs: tuple[list[Tree], Array | None, Array | None]) -> tuple[Tree, None]:
         variables, keys, drop_path = inputs
-        for place, module in enumerate(modules):
+        for place, turn in enumerate(turns):
             rngs = {} if keys is None else {"dropout": keys[place]}
             rate = None if drop_path is None else drop_path[place]
-            carry = nn.apply(call, module)(variables[place], carry, rate, rngs=rngs)
+            carry = turn(variables[place], carry, rate, rngs)
         return carry, None
 
     carry, _ = jax.lax.scan(body, carry, (stacked, keys, drop_path))

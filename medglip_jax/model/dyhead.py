@@ -119,7 +119,9 @@ class DyConv(nn.Module):
                 size = levels[i + 1].shape[1:3]
                 fit = crop_as_flat_buffer if self.config.legacy_offsets else resize_align_corners
                 readings["coarser"].append(Reading(i + 1, fit(offsets, *size), fit(mask, *size).astype(self.dtype)))
-        groups = [(convs[name].kernel.astype(self.dtype), readings[name]) for name in convs]
+        # Whole before the loop over bands begins, which would gather its pieces once for each band.
+        kernels = [constrain(conv.kernel.astype(self.dtype), None, None, None, "channels") for conv in convs.values()]
+        groups = list(zip(kernels, readings.values(), strict=True))
         convolved = dict(zip(convs, deform_convs(levels, groups), strict=True))
 
         def weigh(y: Array) -> Array:

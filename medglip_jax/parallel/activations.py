@@ -1,15 +1,15 @@
 """Where activations lie: dimensions have names in the model, and one table says over which mesh axes each is split.
 
 The model calls `constrain` at the few places from which XLA would otherwise choose badly; outside `activations_on` it
-returns its argument, so that the model stays a function of arrays that knows of no mesh. So does
-`constrain_parameters`, for parameters that the model stacks.
+returns its argument, so that the model stays a function of arrays that knows of no mesh. So do
+`constrain_parameters`, for parameters that the model stacks, and `gather_parameters`, for those of a loop.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -142,23 +142,66 @@ def constrain_parameters(tree: Any, path: str, *, stacked: bool = False) -> Any:
     Returns:
         The same numbers; the tree itself where there is no mesh or no rules.
     """
+
+    def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if stacked:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+
+    return _by_rule(place, tree, path, stacked=stacked)
+
+
+def gather_parameters(tree: Any, path: str) -> Any:
+    """Asks XLA to join parameters over the axes that split images, before they are used; gradients are split again.
+
+    For the body of a loop, where parameters change with each turn. Left to itself, XLA there keeps them split and takes
+    apart the products instead, with a part of the kernel in each: more passes over the activations in memory than the
+    few bytes of the kernel are worth.
+
+    Args:
+        tree, path: see `constrain_parameters`.
+
+    Returns:
+        The same numbers; the tree itself where there is no mesh or no rules.
+    """
+
+    def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        current = _layout.get()
+        assert current is not None
+        images = dict(current.table)["batch"] or ()
+        kept = []
+        for entry in sharding.spec:
+            axes = (entry,) if isinstance(entry, str) else entry or ()
+            kept.append(tuple(axis for axis in axes if axis not in images) or None)
+        whole = NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+        def forward(x: jax.Array) -> tuple[jax.Array, None]:
+            return jax.lax.with_sharding_constraint(x, whole), None
+
+        join = jax.custom_vjp(lambda x: forward(x)[0])
+        join.defvjp(forward, lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, sharding),))
+        return join(leaf)
+
+    return _by_rule(place, tree, path)
+
+
+def _by_rule(
+    place: Callable[[jax.Array, NamedSharding], jax.Array], tree: Any, path: str, *, stacked: bool = False
+) -> Any:
+    """Applies `place` to all parameters of a tree, with the shardings that the rules of `activations_on` give them."""
     current = _layout.get()
     if current is None or current.parameters is None:
         return tree
     prefix = f"{path}/" if path else ""
     shapes = {
-        prefix + path_name(place): jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
-        for place, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        prefix + path_name(where): jax.ShapeDtypeStruct(leaf.shape[1:] if stacked else leaf.shape, leaf.dtype)
+        for where, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if not jnp.issubdtype(leaf.dtype, jnp.integer)
     }
-    placements = find_placements(current.parameters, shapes, current.mesh)
+    placements, mesh = find_placements(current.parameters, shapes, current.mesh), current.mesh
 
-    def place(where: Sequence[Any], leaf: jax.Array) -> jax.Array:
-        name = prefix + path_name(where)
-        if name not in placements:
-            return leaf
-        spec = placements[name].spec
-        spec = PartitionSpec(None, *spec) if stacked else spec
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(current.mesh, spec))
+    def apply(where: Sequence[Any], leaf: jax.Array) -> jax.Array:
+        found = placements.get(prefix + path_name(where))
+        return leaf if found is None else place(leaf, NamedSharding(mesh, found.spec))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(apply, tree)

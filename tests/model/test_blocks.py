@@ -36,10 +36,12 @@ class Text(nn.Module):
 
     config: object
     scan: bool = False
+    policy: str = "none"
 
     @nn.compact
     def __call__(self, ids, train=False):
-        return Bert(self.config, jnp.float32, scan=self.scan, name="language")(ids, ids > 3, train)
+        remat = {f"layer_{i}": self.policy for i in range(3)}
+        return Bert(self.config, jnp.float32, scan=self.scan, remat=remat, name="language")(ids, ids > 3, train)
 
 
 def drawn(module, *inputs):
@@ -149,27 +151,28 @@ def on_mesh(model):
     params = drawn(Text(model.bert), ids)
     placed = shardings(match_rules(PRESETS["fsdp"], params, mesh), mesh)
 
-    def loss(params, ids, scan, train):
+    def loss(params, ids, scan, train, policy):
         with activations_on(mesh, rules, PRESETS["fsdp"]):
             rngs = {"dropout": jax.random.key(2)}
-            return (Text(model.bert, scan).apply({"params": params}, ids, train, rngs=rngs) ** 3).mean()
+            return (Text(model.bert, scan, policy).apply({"params": params}, ids, train, rngs=rngs) ** 3).mean()
 
-    def lower(scan, *, train=False, gradient=True):
+    def lower(scan, *, train=False, gradient=True, policy="none"):
         differentiated = jax.value_and_grad(loss) if gradient else loss
         result = (None, placed) if gradient else None
         step = jax.jit(
-            differentiated, static_argnums=(2, 3), in_shardings=(placed, batch_sharding(mesh)), out_shardings=result
+            differentiated, static_argnums=(2, 3, 4), in_shardings=(placed, batch_sharding(mesh)), out_shardings=result
         )
-        return step.lower(params, ids, scan, train)
+        return step.lower(params, ids, scan, train, policy)
 
     inputs = jax.device_put(params, placed), jax.device_put(ids, batch_sharding(mesh))
     return lower, inputs, (params, ids)
 
 
-def test_a_loop_over_sharded_parameters_gathers_one_block_at_a_time(on_mesh):
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_a_loop_over_sharded_parameters_gathers_one_block_at_a_time(on_mesh, policy):
     """Each block is gathered in both directions; without a loop, what was gathered is kept."""
     lower, inputs, (params, _) = on_mesh
-    lowered = [lower(scan) for scan in (False, True)]
+    lowered = [lower(False), lower(True, policy=policy)]
     programs = [x.compile() for x in lowered]
     costs = [CostModel(parse(x.as_text()), 8).total().bytes_by_kind() for x in programs]
     blocks = [params["language"][f"layer_{i}"] for i in range(3)]

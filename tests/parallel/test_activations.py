@@ -11,7 +11,15 @@ from configs.medglip_t import get_config
 from medglip_jax.model.bert import Bert
 from medglip_jax.model.fpn import FPN
 from medglip_jax.model.swin import Swin
-from medglip_jax.parallel.activations import MAP, NAMES, TEXT, activations_on, constrain, constrain_parameters
+from medglip_jax.parallel.activations import (
+    MAP,
+    NAMES,
+    TEXT,
+    activations_on,
+    constrain,
+    constrain_parameters,
+    gather_parameters,
+)
 from medglip_jax.parallel.mesh import batch_sharding, make_mesh
 from medglip_jax.parallel.presets import PRESETS
 from medglip_jax.parallel.rules import match_rules, shardings
@@ -59,6 +67,22 @@ def test_stacked_parameters_lie_as_each_of_them_does():
     assert spec((3, 8, 8), True) == (None, "fsdp", "tensor") and spec((8, 8), False) == ("fsdp", "tensor")
     tree = {"no_rule": jnp.zeros(3)}
     assert place(tree, None, True) is tree and constrain_parameters(tree, "tower_0") is tree
+
+
+def test_parameters_of_a_turn_are_joined_over_images_and_their_gradients_split():
+    tree = {"text": {"query": {"kernel": jnp.ones((8, 8))}}}
+
+    def loss(tree):
+        with activations_on(make_mesh({"fsdp": 4, "tensor": 2}), RULES, PRESETS["fsdp_tp"]):
+            return sum(jnp.sum(x**2) for x in jax.tree.leaves(gather_parameters(tree, "tower_0")))
+
+    asked = [
+        tuple(axes if isinstance(axes, str) else (axes or (None,))[0] for axes in equation.params["sharding"].spec)
+        for equation in jax.make_jaxpr(jax.grad(loss))(tree).eqns
+        if equation.primitive.name == "sharding_constraint"
+    ]
+    assert asked == [(None, "tensor"), ("fsdp", "tensor")]
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(tree)["text"]["query"]["kernel"], 2.0)
 
 
 def test_what_does_not_divide_is_not_split():
