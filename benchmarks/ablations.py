@@ -4,9 +4,10 @@
 
 builds the mixed corpus of configs/ablation_corpus.yaml from the folders below DIR, trains configs/ablation.py with the
 changes of each setting from each seed, and evaluates on the patients held out. Runs take a core each, and as many go on
-at once as there are cores. What is in FOLDER already is not made again: the same command goes on. It prints a table of
-means and standard deviations over the seeds, writes them to --output, and leaves what every run found in FOLDER. What
-the parts cost is measured by benchmarks/parts.py.
+at once as there are cores. What is in FOLDER already is not made again: the same command goes on. It prints means and
+standard deviations over the seeds, of the metrics and of what each setting changes in them from the one before it, seed
+by seed, writes them to --output, and leaves what every run found in FOLDER. What the parts cost is measured by
+benchmarks/parts.py.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import jax
@@ -32,7 +33,6 @@ from data_pipelines.building.corpus import build_corpus
 from data_pipelines.building.recipe import read_recipe
 from data_pipelines.records import METADATA_FILE
 from medglip_jax.configuration import save_config
-from medglip_jax.training.logging import METRICS_FILE
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODALITIES = "xray,ct,mri,ultrasound,endoscopy,dermoscopy,fundus,microscopy"
@@ -71,7 +71,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 # Of an evaluation, by path; what a setting does not have is left out.
-METRICS = ("AP50", "AP", "accuracy", "false_phrases", "false_images", "masks/dice", "masks/iou", "masks/AP50")
+METRICS = (
+    *("AP50", "AP", "accuracy", "pointing", "false_phrases", "false_images"),
+    *("consistency/score_violations", "consistency/outside", "masks/dice", "masks/iou", "masks/AP50"),
+)
 
 
 def make_recipe(setting: str, records: pathlib.Path, seed: int, steps: int, *, alone: bool = False) -> ConfigDict:
@@ -101,7 +104,7 @@ def _look_up(results: Mapping[str, Any], path: str) -> float | None:
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path) -> dict[str, float]:
-    """Trains and evaluates in a process of its own, unless that was done; returns metrics and the time of a step."""
+    """Trains and evaluates in a process of its own, unless that was done; returns the metrics."""
     results_file = workdir / "evaluation.json"
     if not results_file.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -116,10 +119,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path) -> di
         if status.returncode:
             raise SystemExit(f"{workdir / 'log.txt'}: the run ended with status {status.returncode}")
     results = json.loads(results_file.read_text())
-    lines = [json.loads(line) for line in (workdir / METRICS_FILE).read_text().splitlines()]
-    seconds = [line["step_seconds"] for line in lines[2:] if "step_seconds" in line]
-    found = {name: value for name in METRICS if (value := _look_up(results, name)) is not None}
-    return found | {"step_seconds": statistics.median(seconds)}
+    return {name: value for name in METRICS if (value := _look_up(results, name)) is not None}
 
 
 def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
@@ -132,16 +132,36 @@ def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     }
 
 
-def table(summaries: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
-    """Returns the summaries in Markdown; shares in percent."""
-    columns = [name for name in (*METRICS, "step_seconds") if any(name in s for s in summaries.values())]
+def compare(
+    found: Mapping[str, Mapping[int, Mapping[str, float]]], *, alone: bool
+) -> dict[str, dict[str, list[float]]]:
+    """Returns what each setting changes: the summaries of its differences, seed by seed, to the one it is added to.
+
+    Args:
+        found: settings to seeds to metrics, in order.
+        alone: whether each is added to the first one, and not to the one before it.
+    """
+    names, changes = list(found), {}
+    for place, name in enumerate(names[1:], 1):
+        base = found[names[0 if alone else place - 1]]
+        changes[name] = summarize(
+            [
+                {metric: run[metric] - base[seed][metric] for metric in run if metric in base[seed]}
+                for seed, run in found[name].items()
+            ]
+        )
+    return changes
+
+
+def table(summaries: Mapping[str, Mapping[str, Sequence[float]]], *, sign: str = "") -> str:
+    """Returns summaries in Markdown, in percent; `sign` is that of a format, "+" for changes."""
+    columns = [name for name in METRICS if any(name in each for each in summaries.values())]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for setting, summary in summaries.items():
-        cells = []
-        for name in columns:
-            scale, digits = (1, 2) if name == "step_seconds" else (100, 1)
-            mean, deviation = summary.get(name, (None, None))
-            cells.append("" if mean is None else f"{mean * scale:.{digits}f} ± {(deviation or 0) * scale:.{digits}f}")
+        cells = [
+            f"{summary[name][0] * 100:{sign}.1f} ± {summary[name][1] * 100:.1f}" if name in summary else ""
+            for name in columns
+        ]
         lines.append(f"| {setting} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -183,15 +203,19 @@ def main() -> None:
             cores.append(core)
         print(label, {key: round(value, 4) for key, value in found[name][seed].items()}, file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(options.jobs) as pool:  # a seed of all settings first: an early end compares like with like
-        for future in [pool.submit(make, seed, name) for seed in range(options.seeds) for name in names]:
+    with ThreadPoolExecutor(options.jobs) as pool:
+        futures = [pool.submit(make, seed, name) for seed in range(options.seeds) for name in names]
+        for future in as_completed(futures):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
             future.result()
     summaries = {name: summarize([*runs.values()]) for name, runs in found.items()}
-    print(table(summaries))
+    changes = compare(found, alone=options.alone)
+    print(table(summaries), "what each adds:", table(changes, sign="+"), sep="\n\n")
     if options.output:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
         content = {"steps": options.steps, "seeds": options.seeds, "alone": options.alone, "settings": summaries}
-        content |= {"runs": found, "machine": machine, "jax": jax.__version__}
+        content |= {"changes": changes, "runs": found, "machine": machine, "jax": jax.__version__}
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from benchmarks.ablations import SETTINGS, make_recipe
+from benchmarks.ablations import SETTINGS, compare, make_recipe, summarize, table
 from medglip_jax.inference import make_detector
 from medglip_jax.model.detector import GLIP
 from medglip_jax.planning.programs import train_batch
@@ -55,3 +55,16 @@ def test_every_setting_of_the_ablations_is_a_recipe(tmp_path):
     for setting in SETTINGS:
         recipe = make_recipe(setting, tmp_path, seed=0, steps=4)
         assert (recipe.to_json_best_effort() == plain.to_json_best_effort()) == (setting == "plain")
+
+
+def test_what_a_setting_changes_is_taken_seed_by_seed():
+    found = {
+        "plain": {0: {"AP50": 0.1}, 1: {"AP50": 0.3}},
+        "prompts": {1: {"AP50": 0.35}, 0: {"AP50": 0.15}},
+        "masks": {0: {"AP50": 0.2, "masks/dice": 0.5}, 1: {"AP50": 0.3, "masks/dice": 0.7}},
+    }
+    changes = compare(found, alone=False)
+    assert changes["prompts"]["AP50"] == pytest.approx([0.05, 0.0]) and changes["masks"].keys() == {"AP50"}
+    assert compare(found, alone=True)["masks"]["AP50"] == pytest.approx([0.05, 0.05 * 2**0.5])
+    assert "| prompts | +5.0 ± 0.0 |" in table(changes, sign="+")
+    assert "60.0 ± 14.1" in table({"masks": summarize([*found["masks"].values()])})
