@@ -73,7 +73,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # Of an evaluation, by path; what a setting does not have is left out.
 METRICS = (
     *("AP50", "AP", "accuracy", "pointing", "false_phrases", "false_images"),
-    *("consistency/score_violations", "consistency/outside", "masks/dice", "masks/iou", "masks/AP50"),
+    *("broader/AP50", "broader/accuracy", "consistency/score_violations", "consistency/outside"),
+    *("masks/dice", "masks/iou", "masks/AP50"),
 )
 
 

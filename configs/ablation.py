@@ -14,6 +14,8 @@ def get_config() -> ConfigDict:
     config.data.balance_modalities = 0.5  # half of the images are smears and nuclei
     config.data.max_boxes = 64
 
+    config.evaluation.broader_phrases = True  # "tumor" for a liver tumor, beside the names of the records
+
     config.schedule.steps = 400
     config.training.checkpoint_every = 400
     config.training.log_every = 25
