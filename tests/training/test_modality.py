@@ -103,6 +103,7 @@ class OwnScales(Slim):
     """The stand-in model, whose images may have a scale of their own."""
 
     def __init__(self, config):
+        super().__init__()
         self.config = config.model
 
     def apply(self, variables, *inputs, **options):
