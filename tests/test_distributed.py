@@ -1,10 +1,12 @@
-"""Two real processes on loopback train and evaluate like one."""
+"""Two real processes on loopback train and evaluate like one.
+
+The model is a stand-in; benchmarks/mesh_invariance.py and benchmarks/chaos.py train GLIP on two processes.
+"""
 
 import json
 import signal
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from benchmarks.chaos import TrainingProcesses
 from data_pipelines.build import build
 from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.configuration import save_config
+from tests.training import slim_train
 
 
 @pytest.fixture(scope="module")
@@ -21,19 +24,15 @@ def recipe(tiny_config, tmp_path_factory):
     config = tiny_config.copy_and_resolve_references()
     config.data.train = config.data.eval = str(folder / "all")
     config.data.max_tokens, config.data.max_boxes = 64, 32
-    config.model.swin.depths = (1, 1, 1, 1)  # compiling is what takes the time here
     config.data.batch_size = config.data.eval_batch_size = 4
     config.mesh.fsdp = 2
-    model = config.model
-    assert model.swin.drop_path and model.fpn.drop_block and model.bert.dropout and model.tower.fusion_dropout
     config.schedule.steps, config.schedule.warmup_steps, config.training.log_every = 6, 1, 1
     save_config(config, folder / "recipe.json")
     return folder / "recipe.json"
 
 
 def test_two_processes_one_of_them_told_to_stop_give_the_numbers_of_one(recipe, tmp_path):
-    cache = str(jax.config.jax_compilation_cache_dir)
-    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, cache=cache) as pair:
+    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, module=slim_train.__name__) as pair:
         while not (tmp_path / "two" / "status.json").exists():
             assert pair.processes[0].poll() is None, pair.read()[-3000:]
             time.sleep(0.1)
@@ -41,9 +40,9 @@ def test_two_processes_one_of_them_told_to_stop_give_the_numbers_of_one(recipe, 
         assert pair.wait() == [0, 0], pair.read(0)[-3000:] + pair.read(1)[-3000:]
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["status"] == "resume" and 0 <= status["step"] < 6  # in both processes, told to one
-    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, cache=cache) as pair:
+    with TrainingProcesses(recipe, tmp_path / "two", processes=2, devices=2, module=slim_train.__name__) as pair:
         pair.finish()
-    with TrainingProcesses(recipe, tmp_path / "one", devices=4, cache=cache) as single:
+    with TrainingProcesses(recipe, tmp_path / "one", devices=4, module=slim_train.__name__) as single:
         single.finish()
 
     def read(name: str):
