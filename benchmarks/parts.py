@@ -1,6 +1,6 @@
 """What each part of Med-GLIP costs beside plain GLIP: of GLIP-T what is counted, of a small model time and memory.
 
-    python -m benchmarks.parts [--rounds 8] [--only encoder masks] [--output benchmarks/results/parts.json]
+    python -m benchmarks.parts [--rounds 8] [--only "own encoder" hierarchy] [--output benchmarks/results/parts.json]
 
 Times are of the ablations' small model on one device: all models take their train steps and detections in turns in one
 process, so that what else the machine does meets all of them alike, and of each the fastest counts. A batch mixes all
