@@ -1,13 +1,14 @@
 """What each part of Med-GLIP is worth: plain GLIP, and one part after another on top of it, at the same budget.
 
     python -m benchmarks.ablations --root DIR [--seeds 3] [--steps 400] [--only plain,masks] [--folder ablation_runs]
+        [--config.detection.mask_dice_weight=0.25 ...]
 
 builds the mixed corpus of configs/ablation_corpus.yaml from the folders below DIR, trains configs/ablation.py with the
 changes of each setting from each seed, and evaluates on the patients held out. Runs take a core each, and as many go on
 at once as there are cores. What is in FOLDER already is not made again: the same command goes on. It prints means and
 standard deviations over the seeds, of the metrics and of what each setting changes in them from the one before it, seed
-by seed, writes them to --output, and leaves what every run found in FOLDER. What the parts cost is measured by
-benchmarks/parts.py.
+by seed, writes them to --output, and leaves what every run found in FOLDER. Fields that are given change every recipe,
+for controls. What the parts cost is measured by benchmarks/parts.py.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from configs.ablation import get_config
 from data_pipelines.building.corpus import build_corpus
 from data_pipelines.building.recipe import read_recipe
 from data_pipelines.records import METADATA_FILE
-from medglip_jax.configuration import save_config
+from medglip_jax.configuration import ConfigError, load_config, save_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODALITIES = "xray,ct,mri,ultrasound,endoscopy,dermoscopy,fundus,microscopy"
@@ -104,7 +105,9 @@ def _look_up(results: Mapping[str, Any], path: str) -> float | None:
     return value
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path) -> dict[str, float]:
+def run(
+    config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path, overrides: Sequence[str] = ()
+) -> dict[str, float]:
     """Trains and evaluates in a process of its own, unless that was done; returns the metrics."""
     results_file = workdir / "evaluation.json"
     if not results_file.exists():
@@ -113,7 +116,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, compiled: pathlib.Path) -> di
             recipe = pathlib.Path(folder) / "recipe.json"
             save_config(config, recipe)
             command = [sys.executable, "-m", "medglip_jax.train", "--config", str(recipe), "--workdir", str(workdir)]
-            command += ["--compilation-cache", str(compiled)]
+            command += ["--compilation-cache", str(compiled), *overrides]
             environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
             with (workdir / "log.txt").open("a") as log:
                 status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -179,7 +182,11 @@ def main() -> None:
     add("--only", default="", help="settings, by commas; default: all")
     add("--alone", action="store_true", help="each part alone on plain GLIP, instead of on top of those before it")
     add("--output", type=pathlib.Path, default=None, help="JSON file for the summaries")
-    options = parser.parse_args()
+    options, overrides = parser.parse_known_args()
+    try:
+        load_config("ablation", overrides)
+    except ConfigError as error:
+        parser.error(str(error))
     names = options.only.split(",") if options.only else list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
         parser.error(f"--only {options.only}: there is no setting {unknown[0]!r}, there are {', '.join(SETTINGS)}")
@@ -194,12 +201,13 @@ def main() -> None:
 
     def make(seed: int, name: str) -> None:
         label = f"{name}{'_alone' if options.alone and name != 'plain' else ''}_{options.steps}_{seed}"
+        label += "".join(f"_{field.removeprefix('--config.')}" for field in overrides)
         config = make_recipe(name, records, seed, options.steps, alone=options.alone)
         with lock:
             core = cores.pop()
         if available:  # of this thread, which the processes that it starts inherit
             os.sched_setaffinity(0, {available[core % len(available)]})
-        found[name][seed] = run(config, folder / label, folder / "compiled")
+        found[name][seed] = run(config, folder / label, folder / "compiled", overrides)
         with lock:
             cores.append(core)
         print(label, {key: round(value, 4) for key, value in found[name][seed].items()}, file=sys.stderr, flush=True)
@@ -215,8 +223,9 @@ def main() -> None:
     print(table(summaries), "what each adds:", table(changes, sign="+"), sep="\n\n")
     if options.output:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
-        content = {"steps": options.steps, "seeds": options.seeds, "alone": options.alone, "settings": summaries}
-        content |= {"changes": changes, "runs": found, "machine": machine, "jax": jax.__version__}
+        content = {"steps": options.steps, "seeds": options.seeds, "alone": options.alone, "fields": overrides}
+        content |= {"settings": summaries, "changes": changes, "runs": found}
+        content |= {"machine": machine, "jax": jax.__version__}
         options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
