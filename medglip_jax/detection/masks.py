@@ -6,6 +6,7 @@ what the model predicts at the box's anchor (CondInst, arXiv 2003.05664, section
 share, and the distance of each pixel from the anchor's centre.
 """
 
+import functools
 import itertools
 from collections.abc import Mapping
 
@@ -50,22 +51,33 @@ def _count_layers(channels: int, count: int) -> int:
     return num_layers
 
 
-def _run_network(maps: jax.Array, parameters: jax.Array, anchor: jax.Array) -> jax.Array:
-    """One box's mask: maps [h, w, F], parameters [P], anchor [4] -> float32[h, w]."""
-    h, w, channels = maps.shape
-    side = _BOX_SIDES * (anchor[2] - anchor[0])
-    y = ((jnp.arange(h) + 0.5) * MASK_STRIDE - (anchor[1] + anchor[3]) / 2) / side
-    x = ((jnp.arange(w) + 0.5) * MASK_STRIDE - (anchor[0] + anchor[2]) / 2) / side
-    places = jnp.stack(jnp.meshgrid(x, y), axis=-1).astype(maps.dtype)  # [h, w, 2]
-    z, start = jnp.concatenate([maps, places], axis=-1), 0
-    sizes = layer_sizes(channels, _count_layers(channels, len(parameters)))
+def _run_networks(maps: jax.Array, parameters: jax.Array, anchors: jax.Array) -> jax.Array:
+    """The masks of an image's boxes: maps [h, w, F], parameters [K, P], anchors [K, 4] -> float32[K, h, w].
+
+    Nothing is copied for a box: the first layer is one product of the maps that boxes share with the kernels of all,
+    and its coordinates, which are exact, come on top.
+    """
+    height, width, channels = maps.shape
+    corners, side = anchors[:, :2] + anchors[:, 2:], _BOX_SIDES * (anchors[:, 2] - anchors[:, 0])
+    x, y = (
+        ((jnp.arange(size) + 0.5) * MASK_STRIDE - corners[:, i, None] / 2) / side[:, None]
+        for i, size in enumerate((width, height))
+    )  # [K, w] and [K, h]
+    z, start = jnp.zeros(()), 0
+    sizes = layer_sizes(channels, _count_layers(channels, parameters.shape[1]))
     for layer, (inputs, outputs) in enumerate(sizes):
-        kernel = parameters[start : start + inputs * outputs].reshape(inputs, outputs).astype(maps.dtype)
-        bias = parameters[start + inputs * outputs : start + (inputs + 1) * outputs]
+        kernel = parameters[:, start : start + inputs * outputs].reshape(-1, inputs, outputs)
+        bias = parameters[:, start + inputs * outputs : start + (inputs + 1) * outputs]
         start += (inputs + 1) * outputs
-        z = jnp.einsum("hwi,io->hwo", z, kernel, preferred_element_type=bias.dtype) + bias
-        z = jax.nn.relu(z).astype(maps.dtype) if layer + 1 < len(sizes) else z
-    return z[..., 0]
+        product = functools.partial(jnp.einsum, preferred_element_type=bias.dtype)
+        if layer == 0:
+            z = product("hwi,kio->kohw", maps, kernel[:, :channels].astype(maps.dtype))
+            z += x[:, None, None, :] * kernel[:, channels, :, None, None]
+            z += y[:, None, :, None] * kernel[:, channels + 1, :, None, None]
+        else:
+            z = product("kihw,kio->kohw", jax.nn.relu(z).astype(maps.dtype), kernel.astype(maps.dtype))
+        z += bias[:, :, None, None]
+    return z[:, 0]
 
 
 def box_logits(
@@ -87,12 +99,16 @@ def box_logits(
     chosen = jnp.take_along_axis(parameters, anchors[..., None], axis=1)  # [B, K, P]
 
     # Recomputed in the backward pass: nothing of size [K, h, w, F] is kept for it.
-    run = jax.checkpoint(_run_network)
+    run = jax.checkpoint(_run_networks)
 
     def of_image(maps: jax.Array, parameters: jax.Array, anchors: jax.Array) -> jax.Array:
-        if len(parameters) <= _AT_ONCE:
-            return jax.vmap(run, in_axes=(None, 0, 0))(maps, parameters, anchors)
-        return jax.lax.map(lambda pair: run(maps, *pair), (parameters, anchors), batch_size=_AT_ONCE)
+        count = len(parameters)
+        if count <= _AT_ONCE:
+            return run(maps, parameters, anchors)
+        parts = [jnp.pad(x, ((0, -count % _AT_ONCE), (0, 0)), mode="edge") for x in (parameters, anchors)]
+        parts = [x.reshape(-1, _AT_ONCE, x.shape[1]) for x in parts]
+        logits = jax.lax.map(lambda part: run(maps, *part), parts)
+        return logits.reshape(-1, *maps.shape[:2])[:count]
 
     return jax.vmap(of_image)(maps, chosen, all_anchors[anchors])
 

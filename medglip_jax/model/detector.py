@@ -17,6 +17,7 @@ from medglip_jax.model.layers import Dense, torch_bias_init, torch_kernel_init
 from medglip_jax.model.masks import MaskBranch, check_kind
 from medglip_jax.model.remat import block_policies
 from medglip_jax.model.swin import Swin
+from medglip_jax.ops.widening import spread
 from medglip_jax.parallel.activations import PIXELS, TEXT, WHOLE_MAP, WHOLE_PIXELS, constrain
 
 Array = jax.Array
@@ -138,7 +139,7 @@ class GLIP(nn.Module):
             input_ids: int32[B, L].
             attention_mask: int32[B, L], 1 for real tokens.
             train: turns on dropout, drop path and DropBlock (random stream "dropout").
-            text_offset: float32[B, L, D], added to the text encoder's output (see `text_offsets`).
+            text_offset: float32[B, L or 1, D], added to the text encoder's output (see `text_offsets`).
 
         Returns:
             token_logits float32[B, N, L], box_deltas float32[B, N, 4], centerness float32[B, N]. N counts the anchors
@@ -164,7 +165,7 @@ class GLIP(nn.Module):
         text = Bert(config.bert, dtype, _below("language/", policies), scan, name="language")(input_ids, mask, train)
         self.sow("intermediates", "language_hidden", text)
         if text_offset is not None:
-            text = constrain(text + text_offset.astype(text.dtype), *TEXT)
+            text = constrain(text + spread(text_offset.astype(text.dtype), text.shape), *TEXT)
 
         fields = {"config": config, "dtype": dtype}
         names = [f"tower_{i}" for i in range(config.tower.num_blocks)]

@@ -97,6 +97,23 @@ def test_masks_read_the_text(inputs, both):
     assert np.abs(first["mask_maps"] - second["mask_maps"]).max() > 1e-3
 
 
+def test_in_bfloat16_masks_are_those_of_float32_but_for_its_rounding(tiny_config):
+    masks, rng = with_masks(tiny_config, "both").model.masks, np.random.default_rng(0)
+    levels = [rng.normal(size=(2, 16 // 2**i, 16 // 2**i, 8)).astype(np.float32) for i in range(3)]
+    inputs = levels, rng.normal(size=(2, 32, 32, 4)).astype(np.float32), rng.normal(size=(2, 6, 16)).astype(np.float32)
+    branch = MaskBranch(masks, 0.01, jnp.float32)
+    params = branch.init(jax.random.key(0), *inputs)
+    expected = branch.apply(params, *inputs)
+    cast = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
+    found = MaskBranch(masks, 0.01, jnp.bfloat16).apply(params, *cast)
+    assert isinstance(expected, dict) and isinstance(found, dict)
+    # Large maps are kept small; what a dot product or an anchor's network sums over stays exact.
+    assert {name for name, x in found.items() if x.dtype == jnp.bfloat16} == {"mask_pixels", "mask_tokens", "mask_maps"}
+    for name, value in expected.items():
+        error = np.abs(found[name].astype(jnp.float32) - value)
+        assert error.max() < 0.05 * np.abs(value).max(), name
+
+
 def test_an_unknown_kind_is_an_error(tiny_config):
     config = with_masks(tiny_config, "all")
     with pytest.raises(ValueError, match=r"config\.model\.masks\.kind is 'all'.*'phrases'"):

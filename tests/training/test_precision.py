@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from medglip_jax.model.detector import GLIP
+from benchmarks.ablations import SETTINGS
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.parallel.mesh import batch_sharding, make_mesh
 from medglip_jax.planning.programs import train_batch
 from medglip_jax.training.optimizer import make_optimizer
@@ -23,12 +24,16 @@ def equations(jaxpr):
             yield from equations(inner)
 
 
-@pytest.fixture(scope="module")
-def step(tiny_config):
+@pytest.fixture(scope="module", params=["plain GLIP", "all parts"])
+def step(request, tiny_config):
     """The program of a step in bfloat16, and the shapes of what it returns."""
     config = tiny_config.copy_and_resolve_references()
     config.model.dtype = "bfloat16"
-    model, optimizer = GLIP(config.model), make_optimizer(config)
+    if request.param == "all parts":
+        for changes in SETTINGS.values():
+            config.update_from_flattened_dict(changes)
+        config.model.masks.channels, config.model.modality.classifier = 16, True
+    model, optimizer = make_model(config), make_optimizer(config)
     state = state_shapes(model, config, optimizer, jax.random.key(0))
     program, shapes = jax.make_jaxpr(make_train_step(model, config, optimizer), return_shape=True)(
         state, train_batch(config, 2, None)
