@@ -28,7 +28,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from benchmarks.mesh_invariance import cpu_name
+from benchmarks.machine import cpu_name
 from configs.ablation import get_config
 from data_pipelines.building.corpus import build_corpus
 from data_pipelines.building.recipe import read_recipe

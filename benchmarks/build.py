@@ -51,7 +51,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.build_inputs import DATA_SETS, link_part, list_work, make_inputs
-from benchmarks.loader import cpu_name
+from benchmarks.machine import cpu_name
 from data_pipelines import volumes
 from data_pipelines.sources import load_source
 

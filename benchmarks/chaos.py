@@ -25,7 +25,8 @@ from typing import Any
 
 import jax
 
-from benchmarks.mesh_invariance import cpu_name, recipe
+from benchmarks.machine import cpu_name
+from benchmarks.mesh_invariance import recipe
 from data_pipelines.build import build
 from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.configuration import save_config

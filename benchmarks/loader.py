@@ -24,6 +24,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from benchmarks.machine import cpu_name
 from configs.medglip_t import get_config
 from data_pipelines.loader import TrainBatches, train_loader
 from data_pipelines.records import find_shards, open_source, parse_example, write_records
@@ -193,15 +194,6 @@ def main() -> None:
     if arguments.output:
         with open(arguments.output, "w", encoding="utf-8") as file:
             file.write(text + "\n")
-
-
-def cpu_name() -> str:
-    """Returns what Linux calls the processor, or the machine's type."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """The same training steps on several meshes: how far losses, norms and parameters are from those of one device.
 
-    python -m benchmarks.mesh_invariance [--steps 20] [--output benchmarks/results/mesh_invariance.json]
+    python -m benchmarks.mesh_invariance [--steps 20] [--parts] [--output benchmarks/results/mesh_invariance.json]
 
 Each mesh runs in processes of its own, on virtual CPU devices, from the same seed and phantoms, with dropout, drop path
 and DropBlock on. The records come through the loader, and each process reads its share. Every mesh is run in float32
-and in float64: what the first shows and the second does not is rounding.
+and in float64: what the first shows and the second does not is rounding. --parts turns on what benchmarks/ablations.py
+adds to plain GLIP (prompts, modalities, hierarchy, masks), loops over equal blocks, and recomputed blocks.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import faulthandler
 import json
 import os
 import pathlib
-import platform
 import socket
 import subprocess
 import sys
@@ -27,12 +27,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from benchmarks.ablations import SETTINGS as PARTS
+from benchmarks.machine import cpu_name
 from configs.demo import get_config
 from data_pipelines.build import build
 from data_pipelines.loader import train_loader
 from data_pipelines.sources.phantoms import Phantoms
 from medglip_jax.configuration import load_config, save_config
-from medglip_jax.model.detector import GLIP
+from medglip_jax.model.pretraining import make_model
 from medglip_jax.parallel.distributed import initialize_distributed
 from medglip_jax.parallel.mesh import batch_sharding, local_rows, make_mesh, to_global
 from medglip_jax.training.optimizer import make_optimizer
@@ -73,8 +75,13 @@ SETTINGS = (
 )
 
 
-def recipe(records: pathlib.Path) -> ConfigDict:
-    """Returns the demo's model with the dropouts, the optimizer and the prompts of the full-size recipe, small."""
+def recipe(records: pathlib.Path, *, parts: bool = False) -> ConfigDict:
+    """Returns the demo's model with the dropouts, the optimizer and the prompts of the full-size recipe, small.
+
+    Args:
+        records: of the training.
+        parts: with modalities, hierarchy and masks, and with loops over blocks and blocks that are recomputed.
+    """
     config = get_config()
     config.data.train = str(records)
     config.data.canvas = (64, 64)
@@ -85,6 +92,11 @@ def recipe(records: pathlib.Path) -> ConfigDict:
     config.model.bert.dropout = config.model.tower.fusion_dropout = 0.1
     config.optimizer.learning_rate, config.optimizer.ema = 1e-4, 0.999
     config.schedule.warmup_steps, config.schedule.warmup_factor = 5, 0.1
+    if parts:
+        for changes in PARTS.values():
+            config.update_from_flattened_dict(changes)
+        config.model.swin.depths, config.model.tower.num_blocks = (1, 1, 3, 1), 2  # equal blocks to loop over
+        config.model.scan, config.model.remat = True, "blocks"
     return config
 
 
@@ -106,7 +118,7 @@ def run_steps(config: ConfigDict, steps: int, *, devices: Sequence[Any] | None =
         which every process has.
     """
     mesh = make_mesh(config.mesh, devices)
-    model, optimizer = GLIP(config.model), make_optimizer(config)
+    model, optimizer = make_model(config), make_optimizer(config)
     state, placed = create_state(model, config, optimizer, jax.random.key(config.seed), mesh)
     train_step = make_train_step(model, config, optimizer, mesh)
     double = config.model.dtype == "float64"
@@ -225,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks/results/mesh_invariance.json")
+    parser.add_argument("--parts", action="store_true", help="with modalities, hierarchy, masks, loops over blocks")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the settings to run")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "float64"], choices=["float32", "float64"])
     parser.add_argument("--worker", metavar="CONFIG", help=argparse.SUPPRESS)
@@ -236,6 +249,7 @@ def main() -> int:
     chosen = SETTINGS if options.only is None else [SETTINGS[i] for i in options.only]
     results: dict[str, Any] = {
         "steps": options.steps,
+        "parts": options.parts,
         "machine": {
             "cpu": cpu_name(),
             "cores": os.cpu_count(),
@@ -248,7 +262,7 @@ def main() -> int:
         records = pathlib.Path(folder) / "records"
         build(Phantoms(IMAGES, size=64, seed=3), records, name="phantoms", progress=False)
         for dtype in options.dtypes:
-            config = recipe(records)
+            config = recipe(records, parts=options.parts)
             config.model.dtype = dtype
             file = pathlib.Path(folder) / f"{dtype}.json"
             save_config(config, file)
@@ -276,13 +290,6 @@ def main() -> int:
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {options.output}")
     return 0
-
-
-def cpu_name() -> str:
-    """Returns the name of this machine's processor, as it tells it."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

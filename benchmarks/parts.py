@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.ablations import MODALITIES, SETTINGS
-from benchmarks.mesh_invariance import cpu_name
+from benchmarks.machine import cpu_name
 from configs import ablation, medglip_t
 from data_pipelines import schema
 from medglip_jax.inference import flat_shapes, make_detector, parameter_shapes
