@@ -233,6 +233,12 @@ def restore(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return import_medical("nibabel.orientations").apply_orientation(values, inverse)
 
 
+def restore_affine(grid: Grid, turn: np.ndarray) -> np.ndarray:
+    """Returns float64[4, 4], from indices of the volume as it is stored to mm in RAS+; see `restore`."""
+    stored = [grid.shape[int(axis)] for axis, _ in turn]
+    return grid.affine @ np.linalg.inv(import_medical("nibabel.orientations").inv_ornt_aff(turn, stored))
+
+
 def section(values: np.ndarray, plane: str, index: int) -> np.ndarray:
     """Returns slice `index` of a plane of a volume in radiological orientation, [rows, columns] as it is to be seen."""
     return values[(slice(None),) * PLANES[plane] + (index,)]  # np.take would copy the volume

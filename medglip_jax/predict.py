@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", required=True, metavar="DIR", help="a run's working directory, or an exported folder")
     add("--image", nargs="+", default=[], metavar="FILE", help="image files")
     add("--volume", metavar="PATH", help="instead: a NIfTI file, or the folder of a DICOM series; needs --masks")
-    add("--masks", metavar="FILE", help="label map to write of the volume: .nii.gz, or .dcm (DICOM-SEG) of a series")
+    add("--masks", metavar="FILE", help="label map to write of the volume: .nii.gz; of a series also .dcm (DICOM-SEG)")
     add("--plane", choices=PLANE_CHOICES, default="auto", help="slices of the volume to look at; default: as scanned")
     add("--window", choices=WINDOW_CHOICES, default="auto", help="values of the volume that become black and white")
     add("--phrases", required=True, help="what to look for, as 'left lung. nodule'")

@@ -1,4 +1,4 @@
-"""Masks of phrases in a volume, slice by slice: NIfTI in and out, a DICOM series in and DICOM-SEG out.
+"""Masks of phrases in a volume, slice by slice: of a NIfTI file as NIfTI, of a DICOM series as DICOM-SEG or NIfTI.
 
 Slices are looked at as training saw them (`data_pipelines.volumes`): hung as radiologists do, with square pixels, in
 the window that the phrases ask for. What is found goes back to the voxels of the input, none of which moves.
@@ -28,6 +28,13 @@ WINDOW_CHOICES = ("auto", "percentile", *WINDOWS)
 _PERCENTILES = volumes.SliceRule().percentiles
 _THICK = 1.01  # slices at this many times the distance of the pixels in them are the ones that were scanned
 _SUFFIXES = (".nii.gz", ".nii")
+# By which a DICOM segmentation names the images that it is of.
+_NAMES = ("StudyInstanceUID", "SeriesInstanceUID", "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
+# What it repeats of the patient and the study; may be empty everywhere (type 2), and is missing where it was removed.
+_REPEATED = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex"),
+    *("AccessionNumber", "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName"),
+)
 # SNOMED CT's category and type of a segment; the phrase is its label.
 _CODES = {
     "lesion": (("49755003", "SCT", "Morphologically Altered Structure"), ("52988006", "SCT", "Lesion")),
@@ -139,20 +146,52 @@ def write_nifti(labels: np.ndarray, path: pathlib.Path, like: Any, phrases: Sequ
     write_json({"labels": {str(k): phrase for k, phrase in enumerate(phrases, 1)}}, path.with_name(f"{name}.json"))
 
 
-def write_segmentation(
-    labels: np.ndarray, path: pathlib.Path, slices: Sequence[pathlib.Path], names: Sequence[str]
-) -> None:
+def read_references(slices: Sequence[pathlib.Path], distance: float) -> list[Any]:
+    """Reads the headers that a DICOM segmentation refers to.
+
+    Args:
+        slices: the files of a series.
+        distance: from one to the next in mm, taken for their thickness where they do not tell it.
+
+    Returns:
+        pydicom data sets without pixels. Class and name of an image are taken from the file's meta information where
+        the data set has them empty; what a segmentation repeats is empty where it is missing.
+
+    Raises:
+        SourceError: a file does not say what it is, of which series or study, or in which frame of reference.
+    """
+    pydicom, headers = volumes.import_medical("pydicom"), []
+    for path in slices:
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        for name in ("SOPClassUID", "SOPInstanceUID"):
+            if not header.get(name):
+                setattr(header, name, header.file_meta.get(f"MediaStorage{name}", ""))
+        for name in _REPEATED:
+            if name not in header:
+                setattr(header, name, "")
+        if not header.get("SliceThickness"):
+            header.SliceThickness = round(distance, 4)
+        if missing := [name for name in _NAMES if not header.get(name)]:
+            raise SourceError(
+                f"{path}: has no {', '.join(missing)}, by which a DICOM segmentation names its images; write the masks "
+                "as .nii.gz, or give the series new ones (de-identification should replace UIDs, not empty them)"
+            )
+        headers.append(header)
+    return headers
+
+
+def write_segmentation(labels: np.ndarray, path: pathlib.Path, images: Sequence[Any], names: Sequence[str]) -> None:
     """Writes a DICOM segmentation (binary, a segment a phrase) of a series, by highdicom.
 
     It names the patient and the study as the series does.
 
     Args:
-        labels: [slice, row, column], slice i is of file i; k is the k-th phrase, from 1.
+        labels: [slice, row, column], slice i is of image i; k is the k-th phrase, from 1.
         path: of the file to write.
-        slices: the files of the series.
+        images: of the series, from `read_references`.
         names: of the values.
     """
-    pydicom, highdicom = volumes.import_medical("pydicom"), volumes.import_medical("highdicom")
+    highdicom = volumes.import_medical("highdicom")
     from highdicom.seg import Segmentation, SegmentDescription
 
     version = importlib.metadata.version("medglip_jax")
@@ -177,7 +216,7 @@ def write_segmentation(
             )
         )
     written = Segmentation(
-        source_images=[pydicom.dcmread(slice_, stop_before_pixels=True) for slice_ in slices],
+        source_images=list(images),
         pixel_array=np.ascontiguousarray(labels),
         segmentation_type="BINARY",
         segment_descriptions=descriptions,
@@ -196,13 +235,23 @@ def write_segmentation(
     written.save_as(path)
 
 
+def _new_nifti(labels: np.ndarray, affine: np.ndarray) -> Any:
+    """A NIfTI image of [column, row, slice] that lies where a series does; `affine` is of [slice, row, column]."""
+    nibabel = volumes.import_medical("nibabel")
+    image = nibabel.Nifti1Image(labels, affine[:, [2, 1, 0, 3]])
+    image.set_qform(image.affine, code="scanner")
+    image.set_sform(image.affine, code="scanner")
+    image.header.set_xyzt_units("mm")
+    return image
+
+
 def label_file(model: "MedGLIP", source: str, output: str, phrases: Sequence[str], **options: Any) -> dict[str, int]:
     """Finds phrases in a volume and writes where they are.
 
     Args:
         model: with masks.
         source: a NIfTI file, or the folder of a DICOM series.
-        output: .nii.gz or .nii for a NIfTI file, .dcm for a series.
+        output: .nii.gz or .nii; of a series also .dcm, a DICOM segmentation.
         phrases, options: of `label_volume`.
 
     Returns:
@@ -213,12 +262,15 @@ def label_file(model: "MedGLIP", source: str, output: str, phrases: Sequence[str
         ValueError: the model has no masks, or `output` is of the other kind.
     """
     given, target = pathlib.Path(source), pathlib.Path(output)
-    series, endings = given.is_dir(), (".dcm",) if given.is_dir() else _SUFFIXES
+    series, endings = given.is_dir(), (*_SUFFIXES, ".dcm") if given.is_dir() else _SUFFIXES
     if not target.name.endswith(endings):
         raise ValueError(f"{output}: the masks of {source} are written as {' or '.join(endings)}")
+    image, references = None, []
     if series:
-        volumes.import_medical("highdicom")  # before the work, not after it
         slices, volume, turn = read_series(given)
+        if target.suffix == ".dcm":  # what is missing is told before the work, not after it
+            volumes.import_medical("highdicom")
+            references = read_references(slices, volume.grid.spacing[int(turn[0][0])])
     elif given.is_file():
         image, turn, grid = open_volume(given)
         volume = Volume(volumes.reorient(read_values(image, given), turn), grid, "unknown")
@@ -226,8 +278,13 @@ def label_file(model: "MedGLIP", source: str, output: str, phrases: Sequence[str
         raise SourceError(f"{source}: there is no such volume; expected a NIfTI file, or the folder of a DICOM series")
     labels = label_volume(model, volume, phrases, **options)
     stored = volumes.restore(labels, turn)
-    if series:
-        write_segmentation(stored, target, slices, phrases)
+    if references:
+        write_segmentation(stored, target, references, phrases)
+    elif image is None:
+        columns_first = np.transpose(stored, (2, 1, 0))
+        write_nifti(
+            columns_first, target, _new_nifti(columns_first, volumes.restore_affine(volume.grid, turn)), phrases
+        )
     else:
         write_nifti(stored, target, image, phrases)
     counts = np.bincount(labels.ravel(), minlength=len(phrases) + 1)[1:]

@@ -135,10 +135,8 @@ def test_a_series_gives_a_segmentation_of_its_own_pixels(tmp_path):
     study, frame = generate_uid(), generate_uid()
     for path in (tmp_path / "scan").iterdir():
         header = pydicom.dcmread(path)
-        header.StudyInstanceUID, header.FrameOfReferenceUID, header.SliceThickness = study, frame, 5
-        for name in ("PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
-            setattr(header, name, "")
-        header.ReferringPhysicianName, header.SeriesNumber, header.InstanceNumber = "", 1, 1
+        header.StudyInstanceUID, header.FrameOfReferenceUID = study, frame
+        header.SOPClassUID = header.SOPInstanceUID = ""  # the file's meta information has them
         header.save_as(path)
     counts = label_file(Bright(), str(tmp_path / "scan"), str(tmp_path / "scan" / "masks.dcm"), ["liver"])
     assert counts == {"liver": (truth == 1).sum()}
@@ -152,13 +150,32 @@ def test_a_series_gives_a_segmentation_of_its_own_pixels(tmp_path):
     np.testing.assert_array_equal(labels.layers[0] > 0, volume.values > 0)
 
 
+@pytest.mark.parametrize("codes", ["SPL", "ARS", "LIP"])
+def test_a_series_gives_a_nifti_file_that_lies_where_it_does(tmp_path, codes):
+    _, truth = draw_body()
+    write_series(tmp_path / "scan", codes=codes, values=np.where(truth == 1, 300, -900).astype(np.int16))
+    assert label_file(Bright(), str(tmp_path / "scan"), str(tmp_path / "out.nii.gz"), ["liver"])["liver"] > 0
+    image, turn, grid = open_volume(tmp_path / "out.nii.gz")
+    _, volume, _ = read_series(tmp_path / "scan")
+    grid.check_same(volume.grid, "the series")
+    np.testing.assert_array_equal(volumes.reorient(np.asarray(image.dataobj), turn) > 0, volume.values > 0)
+    assert image.header["sform_code"] == image.header["qform_code"] == 1
+
+
+def test_a_series_that_cannot_be_named_is_refused_before_the_work(tmp_path):
+    pytest.importorskip("highdicom")
+    write_series(tmp_path / "scan")
+    with pytest.raises(SourceError, match=r"has no StudyInstanceUID, FrameOfReferenceUID, .*nii\.gz"):
+        label_file(Bright("nothing is asked of it"), str(tmp_path / "scan"), str(tmp_path / "out.dcm"), ["liver"])
+
+
 def test_mistakes_are_named(liver, tmp_path):
     path, _ = liver
     with pytest.raises(ValueError, match=r"has no masks.*kind"):
         label_file(Bright(""), str(path), str(tmp_path / "out.nii.gz"), ["liver"])
     with pytest.raises(ValueError, match=r"written as \.nii\.gz or \.nii"):
         label_file(Bright(), str(path), str(tmp_path / "out.dcm"), ["liver"])
-    with pytest.raises(ValueError, match=r"written as \.dcm"):
-        label_file(Bright(), str(tmp_path), str(tmp_path / "out.nii"), ["liver"])
+    with pytest.raises(ValueError, match=r"written as .* or \.dcm"):
+        label_file(Bright(), str(tmp_path), str(tmp_path / "out.png"), ["liver"])
     with pytest.raises(SourceError, match="there is no such volume"):
         label_file(Bright(), str(tmp_path / "none.nii"), str(tmp_path / "out.nii"), ["liver"])
