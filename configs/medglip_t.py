@@ -254,6 +254,7 @@ def get_config() -> ConfigDict:
     config.evaluation = ConfigDict()
     config.evaluation.use_ema = True  # evaluate, predict and export the averaged parameters, where there are any
     config.evaluation.modality_prefix = False  # evaluate and predict with prompts that begin with the modality ("CT: ")
+    config.evaluation.modality = ""  # of images that predict is told nothing of; an export of one modality sets it
     config.evaluation.score_threshold = 0.3  # least score of a box that counts as false or inconsistent; ours
     config.evaluation.broader_phrases = False  # ask in a second pass for broader names too ("skin lesion"); ours
     return config

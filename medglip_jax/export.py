@@ -123,7 +123,6 @@ def verify(
         looked_at = [example.image for example in examples]
         asked = split_phrases([example.regions[0].phrase for example in examples])
     model = MedGLIP.from_pretrained(checkpoint, use_ema=use_ema)
-    model.config.evaluation.modality_prefix = False  # of the twin's prompts there is none
     parts = MODALITIES[0] if modality in ("", SHARED) else modality
     found = [model.predict(image, asked, threshold=0.0, modality=parts) for image in looked_at]
     twin, processor = load_twin(folder)
@@ -160,6 +159,7 @@ def load_plain(
     params = merge_modality(params, config.model, "" if modality == SHARED else modality)
     config = config.copy_and_resolve_references()
     config.model.modality.update(base_recipe().model.modality)
+    config.evaluation.modality = "" if modality == SHARED else modality
     return params, config
 
 

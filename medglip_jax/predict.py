@@ -181,13 +181,12 @@ class MedGLIP:
         wanted = [asked] * len(stated) if isinstance(asked, str) else list(asked)
         if len(wanted) != len(stated):
             raise ValueError(f"there are {len(stated)} images but {len(wanted)} modalities: give one an image, or one")
-        for name in wanted:
+        default = self.config.evaluation.modality or MODALITIES[0]
+        for name in (*wanted, default):
             if name != AUTO and name != MODALITIES[0] and not find_modality(name):
                 raise ValueError(f"modality is {name!r}: expected {AUTO} or one of {', '.join(MODALITIES)}")
-        told: list[tuple[str, float | None]] = [
-            (file or MODALITIES[0] if name == AUTO else find_modality(name) or name, None)
-            for name, file in zip(wanted, stated, strict=True)
-        ]
+        named = [(file or default) if name == AUTO else name for name, file in zip(wanted, stated, strict=True)]
+        told: list[tuple[str, float | None]] = [(find_modality(name) or name, None) for name in named]
         open_places = [i for i, name in enumerate(wanted) if name == AUTO and not stated[i]]
         if self._classifier is None:
             return told

@@ -125,6 +125,9 @@ def test_prompts_begin_with_the_modality_where_the_recipe_says_so(model):
     ids = build_prompt(["nodule"], model.tokenizer, after.shape[1], make_prefix("ct")).input_ids
     np.testing.assert_array_equal(after[0], ids[: after.shape[1]])
     assert (after[0] != before[0]).any()
+    model.config.evaluation.modality, model._classifier = "ct", None  # as an export of one modality has it
+    assert model.predict(image, "nodule").modality == "ct"
+    np.testing.assert_array_equal(model._detector.calls[2]["input_ids"][0], after[0])
 
 
 def test_every_prefix_has_the_same_phrases_in_a_prompt():
@@ -169,6 +172,7 @@ def test_export_is_of_one_modality(params, plain, config, tiny_config, monkeypat
     for name in ("ct", "shared"):
         found, recipe = export.load_plain("run", modality=name)
         assert recipe.model.to_dict() == tiny_config.model.to_dict() and config.model.modality.names == "ct,mri"
+        assert recipe.evaluation.modality == name.removeprefix("shared") and not config.evaluation.modality
         expected = merge_modality(params, config.model, "" if name == "shared" else name)
         jax.tree.map(np.testing.assert_array_equal, found, expected)
         write_folder(found, recipe, load_tokenizer(), tmp_path / name, card="")

@@ -23,6 +23,7 @@ from etils import epath
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from data_pipelines.prompts import make_prefix
 from data_pipelines.text import TextTokenizer
 from medglip_jax.configuration import CONFIG_FILE, load_config
 from medglip_jax.interop import mmdet
@@ -141,7 +142,9 @@ def public_recipe(config: ConfigDict) -> dict[str, Any]:
 def processor_files(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """Returns what Hugging Face's processors read: the settings of ours, and how pixels become inputs, by file name."""
     common = {"processor_class": "MedGLIPProcessor", "auto_map": {"AutoProcessor": _AUTO_MAP["AutoProcessor"]}}
+    evaluation = config.evaluation
     settings = {
+        "prefix": make_prefix(evaluation.modality) if evaluation.modality_prefix else "",
         "canvas": list(config.data.canvas),
         "max_tokens": config.data.max_tokens,
         "detection": config.detection.to_dict(),

@@ -21,12 +21,14 @@ from safetensors.numpy import save_file
 
 from benchmarks.reference import ReferenceWeights, load_reference
 from configs.medglip_t import get_config
+from data_pipelines.prompts import make_prefix
 from data_pipelines.text import build_prompts, load_tokenizer
 from data_pipelines.transforms import resize_into
 from medglip_jax.detection.anchors import decode_boxes, make_anchors
 from medglip_jax.detection.postprocess import detect
 from medglip_jax.inference import parameter_shapes, stack_prompts
 from medglip_jax.interop import mmdet, torch_model
+from medglip_jax.interop.folder import processor_files
 from medglip_jax.interop.state_dict import to_state_dict
 from medglip_jax.model.detector import GLIP
 from medglip_jax.model.pixels import normalize_pixels
@@ -233,6 +235,24 @@ def test_more_phrases_than_a_prompt_holds_are_found_by_predict(config, model, pr
         assert_same_detections(result, other)
     single = model.predict(pictures[0], asked[0], processor, threshold=0.1, max_detections=20)
     assert_same_detections(single, expected[0])
+
+
+def test_a_prefix_is_in_every_prompt_and_in_no_phrase(config, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "ct")
+    config = copy.deepcopy(config)
+    config.evaluation.modality_prefix, config.evaluation.modality = True, "ct"
+    for name, settings in processor_files(config).items():
+        (tmp_path / "ct" / name).write_text(json.dumps(settings))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "ct", trust_remote_code=True)
+    theirs = build_prompts(MANY, load_tokenizer(), config.data.max_tokens, make_prefix("ct"))
+    assert processor.split_into_prompts(MANY) == [list(prompt.phrases) for prompt, _ in theirs]
+    for prompt, _ in theirs:
+        expected = stack_prompts([prompt], config.data.max_tokens)
+        inputs = processor(images=np.zeros((8, 8, 3), np.uint8), phrases=list(prompt.phrases))
+        np.testing.assert_array_equal(inputs["input_ids"], expected["input_ids"])
+        count = len(prompt.phrases)
+        np.testing.assert_array_equal(inputs["phrase_map"][0], expected["phrase_map"][0, :count] > 0)
+    assert processor.prefix == "CT: " and len(theirs) > 1
 
 
 def test_every_kind_of_image_is_read_as_in_jax(processor, pictures, tmp_path):

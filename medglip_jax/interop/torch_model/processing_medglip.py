@@ -6,7 +6,8 @@
         outputs = model(**inputs)
     results = processor.post_process(outputs, inputs, threshold=0.3)
 
-The settings are in processor_config.json: canvas, max_tokens and detection, of the recipe that the model was made with.
+The settings are in processor_config.json: canvas, max_tokens, detection and prefix, of the recipe that the model was
+made with.
 """
 
 import io
@@ -170,15 +171,23 @@ class MedGLIPProcessor(ProcessorMixin):
         canvas: (height, width) in pixels that every image is resized into.
         max_tokens: most tokens of a prompt.
         detection: the recipe's section: strides, score_threshold, pre_nms, nms_iou, max_detections.
+        prefix: words that every prompt begins with and no phrase has, as "CT: ".
     """
 
     attributes, tokenizer_class = ["tokenizer"], "AutoTokenizer"  # transformers before 5 asks for them
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, canvas: Sequence[int], max_tokens: int, detection: dict):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        canvas: Sequence[int],
+        max_tokens: int,
+        detection: dict,
+        prefix: str = "",
+    ):
         super().__init__(tokenizer)
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer, and the offsets of one are needed")
-        self.canvas, self.max_tokens, self.detection = list(canvas), max_tokens, dict(detection)
+        self.canvas, self.max_tokens, self.detection, self.prefix = list(canvas), max_tokens, dict(detection), prefix
 
     @property
     def model_input_names(self) -> list[str]:
@@ -277,7 +286,7 @@ class MedGLIPProcessor(ProcessorMixin):
         """
         names = split_phrases(phrases)
         separator = self._count(SEPARATOR.strip())
-        budget = self.max_tokens - self.tokenizer.num_special_tokens_to_add() + separator
+        budget = self.max_tokens - self.tokenizer.num_special_tokens_to_add() - self._count(self.prefix) + separator
         prompts, start = [], 0
         while start < len(names):
             end, used = start, 0
@@ -297,7 +306,7 @@ class MedGLIPProcessor(ProcessorMixin):
 
     def _encode(self, names: list[str]) -> tuple[list[int], np.ndarray]:
         """Returns the token ids of a prompt and, as bool[K, L], which of them belong to each phrase."""
-        text = SEPARATOR.join(names)
+        text = self.prefix + SEPARATOR.join(names)
         encoding = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids, offsets = encoding["input_ids"], np.asarray(encoding["offset_mapping"]).reshape(-1, 2)
         if len(ids) > self.max_tokens:
@@ -308,7 +317,7 @@ class MedGLIPProcessor(ProcessorMixin):
             )
             named = f"the phrase {names[0]!r}" if len(names) == 1 else f"a prompt of these {len(names)} phrases"
             raise ValueError(f"{named} needs {len(ids)} tokens, and a prompt has {self.max_tokens}: {advice}")
-        owned, start = np.zeros((len(names), len(ids)), bool), 0
+        owned, start = np.zeros((len(names), len(ids)), bool), len(self.prefix)
         for row, name in zip(owned, names, strict=True):
             row[:] = (offsets[:, 0] < start + len(name)) & (offsets[:, 1] > start)
             start += len(name) + len(SEPARATOR)
