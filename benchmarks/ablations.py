@@ -201,7 +201,7 @@ def main() -> None:
 
     def make(seed: int, name: str) -> None:
         label = f"{name}{'_alone' if options.alone and name != 'plain' else ''}_{options.steps}_{seed}"
-        label += "".join(f"_{field.removeprefix('--config.')}" for field in overrides)
+        label += "".join(f"_{field.removeprefix('--config.').replace('/', '-')}" for field in overrides)
         config = make_recipe(name, records, seed, options.steps, alone=options.alone)
         with lock:
             core = cores.pop()
