@@ -1,7 +1,7 @@
 """What each part of Med-GLIP is worth: plain GLIP, and one part after another on top of it, at the same budget.
 
     python -m benchmarks.ablations --root DIR [--seeds 3] [--steps 400] [--only plain,masks] [--folder ablation_runs]
-        [--config.detection.mask_dice_weight=0.25 ...]
+        [--config.detection.mask_dice_weight=1 ...]
 
 builds the mixed corpus of configs/ablation_corpus.yaml from the folders below DIR, trains configs/ablation.py with the
 changes of each setting from each seed, and evaluates on the patients held out. Runs take a core each, and as many go on

@@ -145,8 +145,8 @@ def get_config() -> ConfigDict:
     # Of the share of a box that leaves the box it lies in; needs data.hierarchy.containers. 0 is off; ours
     config.detection.containment_weight = 0.0
     config.detection.raise_broader = False  # a broader phrase scores at least as its kinds in the prompt do; ours
-    config.detection.mask_dice_weight = 1.0  # Dice loss of masks, where the model has any
-    config.detection.mask_focal_weight = 20.0  # focal loss on their pixels, over Dice as in SAM (arXiv 2304.02643)
+    config.detection.mask_dice_weight = 0.25  # Dice loss of masks, where the model has any; see docs/masks.md
+    config.detection.mask_focal_weight = 5.0  # focal loss on their pixels, over Dice as in SAM (arXiv 2304.02643)
     config.detection.mask_anchors = 2  # anchors of a box that are taught its mask: the most central; ours
     config.detection.mask_margin = 0.1  # a found mask ends where its box, wider by this share of its sides, does; ours
     config.detection.score_threshold = 0.05  # least phrase score of a candidate, before centerness
