@@ -48,6 +48,7 @@ class Row:
 
 ROWS = (
     Row("GLIP-T, 1 chip", "medglip_t", "v5e:1x1", 1, "data=1", "ddp", 4, scan=True),
+    Row("all parts, 1 chip", "all_parts", "v5e:1x1", 1, "data=1", "ddp", 4, scan=True),
     Row("GLIP-T, 8 chips", "medglip_t", "v5e:2x4", 1, "fsdp=8", "fsdp", 4, scan=True),
     Row("GLIP-T, 256 chips", "medglip_t", "v5e:16x16", 1, "data=32,fsdp=8", "fsdp", 4),
     Row("GLIP-T, 512 chips", "medglip_t", "v5p:8x8x8", 1, "data=64,fsdp=8", "fsdp", 4, scan=True),
