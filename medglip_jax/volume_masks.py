@@ -281,10 +281,8 @@ def label_file(model: "MedGLIP", source: str, output: str, phrases: Sequence[str
     if references:
         write_segmentation(stored, target, references, phrases)
     elif image is None:
-        columns_first = np.transpose(stored, (2, 1, 0))
-        write_nifti(
-            columns_first, target, _new_nifti(columns_first, volumes.restore_affine(volume.grid, turn)), phrases
-        )
+        stored = stored.T  # columns, rows and slices, as NIfTI files have them
+        write_nifti(stored, target, _new_nifti(stored, volumes.restore_affine(volume.grid, turn)), phrases)
     else:
         write_nifti(stored, target, image, phrases)
     counts = np.bincount(labels.ravel(), minlength=len(phrases) + 1)[1:]
