@@ -1,6 +1,7 @@
 """Modalities, hierarchy and masks in one model: what each adds is there, and nothing of the others is lost."""
 
 import jax
+import optax
 import pytest
 
 from benchmarks.ablations import SETTINGS, compare, make_recipe, summarize, table
@@ -27,12 +28,17 @@ def config(tiny_config, tmp_path_factory):
     return config
 
 
-def test_a_step_has_the_losses_of_all_parts(config):
+@pytest.mark.parametrize("mode", ["", "heads"])
+def test_a_step_has_the_losses_of_all_parts(config, mode):
+    config = config.copy_and_resolve_references()
+    config.finetune.mode, config.finetune.lora_rank = mode, 2 if mode else 0  # with adapters, and without
     model, optimizer = GLIP(config.model), make_optimizer(config)
     state = state_shapes(model, config, optimizer, jax.random.key(0))
     assert {"modality", "masks", "head", "tower_0", "backbone"} <= state.params.keys()
     after, metrics = jax.eval_shape(make_train_step(model, config, optimizer), state, train_batch(config, 4, None))
     assert {f"loss_{name}" for name in LOSSES} | {"loss_modality", "modality_accuracy"} <= metrics.keys()
+    taught = optax.tree_utils.tree_get(state.opt_state, "mu")
+    assert taught.keys() == ({"head", "masks", "lora"} if mode else state.params.keys())
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
