@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from data_pipelines.loader import eval_loader
-from data_pipelines.records import find_shards, read_examples
+from data_pipelines.records import find_shards, open_source, parse_example, read_examples
 from data_pipelines.schema import MODALITIES
 from data_pipelines.text import (
     TextTokenizer,
@@ -216,7 +216,7 @@ def evaluate_records(
         mesh: from `make_mesh`.
         tokenizer: of the checkpoint; None loads `data.tokenizer`.
         sheet: image file for a contact sheet of predicted and true boxes; None draws none.
-        sheet_images: images on it, spread evenly over the records.
+        sheet_images: images on it, see `choose_shown`.
         detector, between_batches: as in `detect_records`.
 
     Returns:
@@ -260,15 +260,18 @@ def evaluate_records(
     wide = detect(asked)[0] if broader else detections
     results = None
     if jax.process_index() == 0:  # only one reads the truth
-        truth, entries = [], []
+        truth = []
         masks, vocabularies = bool(config.model.masks.kind), make_vocabularies([records.metadata])
-        shown = set(np.linspace(0, records.num_examples - 1, sheet_images).astype(int)) if sheet else set()
-        for index, example in enumerate(read_examples(records)):
+        for example in read_examples(records):
             vocabulary = vocabularies.get(example.dataset) or vocabularies[""]
             truth.append(GroundTruth.of(example, vocabulary.find_absent(example), masks=masks))
-            if index in shown:
-                entries.append(_sheet_entry(decode_image(example.image), truth[-1], detections[index], phrases))
         if sheet:
+            shown = choose_shown([image.modality for image in truth], sheet_images)
+            pixels = [decode_image(parse_example(record).image) for record in open_source(records).__getitems__(shown)]
+            entries = [
+                _sheet_entry(image, truth[index], detections[index], phrases)
+                for image, index in zip(pixels, shown, strict=True)
+            ]
             contact_sheet(entries, sheet)
         results = average_precision(truth, detections, phrases)
         threshold = config.evaluation.score_threshold
@@ -288,6 +291,30 @@ def _check_sheet(path: str | os.PathLike, images: int) -> None:
         raise ValueError(f"sheet_images is {images}: a contact sheet needs at least one image")
     if pathlib.Path(path).suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"{os.fspath(path)}: a contact sheet is an image file; let its name end in .png")
+
+
+def choose_shown(modalities: Sequence[str], count: int) -> list[int]:
+    """Chooses images that show a set: as many of each modality as of any other, where it has them.
+
+    Args:
+        modalities: of each image.
+        count: of images to choose.
+
+    Returns:
+        Indices without repetition, modality by modality in the order in which they first come, spread over the images
+        of each; all of them where there are no more than `count`.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, modality in enumerate(modalities):
+        groups.setdefault(modality, []).append(index)
+    # The first image of each, the second of each, and so on, until there are enough.
+    places = sorted((place, rank) for rank, group in enumerate(groups.values()) for place in range(len(group)))
+    quotas = np.bincount([rank for _, rank in places[:count]], minlength=len(groups))
+    return [
+        group[place]
+        for group, quota in zip(groups.values(), quotas, strict=True)
+        for place in np.linspace(0, len(group) - 1, quota).astype(int)
+    ]
 
 
 def _sheet_entry(image: np.ndarray, truth: GroundTruth, detections: Detections, phrases: Sequence[str]) -> SheetEntry:

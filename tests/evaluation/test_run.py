@@ -1,7 +1,9 @@
 """Evaluation of records: the same on one device and on a mesh, phrases in several prompts, and its oracle."""
 
+import collections
 import dataclasses
 import io
+import itertools
 import json
 
 import flax.linen as nn
@@ -9,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -16,7 +20,7 @@ from data_pipelines.records import read_examples, write_records
 from data_pipelines.schema import GroundingExample, Region
 from data_pipelines.sources.phantoms import phantom
 from data_pipelines.text import build_prompts, load_tokenizer, order_by_body_region
-from medglip_jax.evaluation.run import detect_records, evaluate_records
+from medglip_jax.evaluation.run import choose_shown, detect_records, evaluate_records
 from medglip_jax.inference import make_detector, parameter_shapes
 from medglip_jax.model.detector import GLIP
 from medglip_jax.parallel.mesh import make_mesh
@@ -303,3 +307,14 @@ def test_contact_sheet_that_cannot_be_written_is_refused_before_the_detection(co
         evaluate_records(
             None, None, config, annotated, mesh_of(1, 1, 1), detector=detector, **{"sheet": "x.png", **options}
         )
+
+
+@given(st.lists(st.sampled_from(["ct", "mri", "xray"]), min_size=1, max_size=40), st.integers(1, 20))
+def test_a_sheet_has_as_many_images_of_each_modality_as_there_are(modalities, count):
+    chosen = choose_shown(modalities, count)
+    assert len(set(chosen)) == len(chosen) == min(count, len(modalities))
+    shown, there = (collections.Counter(x) for x in ([modalities[i] for i in chosen], modalities))
+    for one, other in itertools.permutations(there, 2):
+        assert shown[one] >= shown[other] - 1 or shown[one] == there[one]
+    first = list(dict.fromkeys(modalities))
+    assert chosen == sorted(chosen, key=lambda i: (first.index(modalities[i]), i))
